@@ -1,0 +1,57 @@
+"""Settings for every test, and the small models that many of them share (see `reference.py`)."""
+
+import os
+
+# Before anything imports these libraries: no test may reach for the network, and numbers are to be the same anywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from tests import reference
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`base(family, seed=0, **options)`: the directory of such a base model, made once a session."""
+    made: dict[Any, Path] = {}
+
+    def get(family: str, seed: int = 0, **options: Any) -> Path:
+        key = (family, seed, repr(sorted(options.items())))
+        if key not in made:
+            made[key] = reference.make_base(tmp_path_factory.mktemp(f"base-{family}"), family, seed, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+    """`experts(base_dir, set, seed=0)`: directories of the adapters of that set, made once a session."""
+    made: dict[Any, list[Path]] = {}
+
+    def get(base_dir: Path, recipes: str | Sequence[reference.Expert], seed: int = 0) -> list[Path]:
+        key = (base_dir, repr(recipes), seed)
+        if key not in made:
+            made[key] = reference.make_experts(base_dir, tmp_path_factory.mktemp("experts"), recipes, seed)
+        return made[key]
+
+    return get
