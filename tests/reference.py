@@ -148,7 +148,7 @@ class Expert:
 
     r: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] | str
     layers: tuple[int, ...] | None = None
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
