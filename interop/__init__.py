@@ -1,0 +1,4 @@
+"""Files and formats of others: Hugging Face base checkpoints, PEFT LoRA adapters, X-LoRA checkpoints.
+
+torch is optional here: it is needed for `.bin` pickles and for handing over a live `torch.nn.Module` only.
+"""

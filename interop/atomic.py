@@ -1,0 +1,114 @@
+"""A directory that is replaced as a whole: whoever looks, or is killed, at any moment finds the old one or the new one.
+
+Files are written into a hidden sibling, `.<name>.<random>.partial`, and flushed to disk; then the sibling takes the
+directory's place in one system call. `rename` does that where there is nothing, or an empty directory. Over a full
+directory it can't, so there the two are exchanged (Linux, `renameat2` with RENAME_EXCHANGE) and the old one, now
+hidden, is removed. Where the system or the file system can't exchange, two renames have to do, and a kill between them
+leaves both directories complete, under their hidden names, and none in place.
+
+A kill also leaves the hidden sibling behind; it can be deleted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike[str], *, owned: Sequence[str]) -> Iterator[Path]:
+    """Yields an empty directory to fill; it becomes `directory` when the block ends, and vanishes when it raises.
+
+    Args:
+        directory: what to create or replace. Its parents are created.
+        owned: glob patterns of the entries that an earlier save may have left in it. An existing directory with
+            anything else in it isn't ours to remove.
+
+    Raises:
+        FileExistsError: `directory` is a file, or holds entries that match none of `owned`.
+    """
+    target = Path(directory).expanduser().resolve()
+    _check_replaceable(target, owned)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        _flush(partial)
+        _check_replaceable(target, owned)
+        _put_in_place(partial, target)
+        _flush_entry(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what failed, or the old one after an exchange
+
+
+def _check_replaceable(target: Path, owned: Sequence[str]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target}: a file stands there; choose another directory.")
+    foreign = sorted(entry.name for entry in target.iterdir() if not any(fnmatchcase(entry.name, p) for p in owned))
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise FileExistsError(
+            f"{target}: the directory is to be replaced as a whole, but holds what this save doesn't write: {shown}. "
+            f"Choose a new directory, or move these away."
+        )
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    try:
+        os.rename(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    else:
+        return
+    if _exchange(partial, target):
+        return
+    aside = partial.with_suffix(".old")
+    os.rename(target, aside)
+    try:
+        os.rename(partial, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Whether the two were exchanged; False where the system or the file system can't."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _flush(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _flush_entry(Path(folder, name))
+        _flush_entry(Path(folder))
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
