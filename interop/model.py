@@ -1,0 +1,190 @@
+"""X-LoRA models from files and back: base, experts and classifier put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interop.base import load_base
+from interop.checkpoint import XLoraCheckpoint, read_xlora, write_xlora
+from interop.errors import FormatError
+from interop.experts import stack_experts, unstack_experts
+from interop.hub import resolve
+from interop.lora import LoraAdapter, load_lora
+from xlora_jax import BaseModel, XLoraConfig, XLoraModel
+from xlora_jax.layers import AdaptedLayers
+
+__all__ = ["XLoraOrigin", "load_xlora", "save_xlora"]
+
+
+@dataclass(frozen=True)
+class XLoraOrigin:
+    """Where an X-LoRA model came from.
+
+    Attributes:
+        base: the base model's origin.
+        adapters: the adapters as loaded, in the order of the experts.
+        extras: fields beside the 13 of X-LoRA in the checkpoint that was loaded, such as ``task_type``.
+    """
+
+    base: Any
+    adapters: tuple[LoraAdapter, ...]
+    extras: Mapping[str, Any]
+
+
+def load_xlora(
+    base: str | Path | BaseModel,
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    config: XLoraConfig | None = None,
+    checkpoint: str | Path | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    expert_dtype: jax.typing.DTypeLike = "float32",
+    seed: int = 0,
+    scan_layers: bool = True,
+    **hub_options: Any,
+) -> XLoraModel:
+    """Put a base model, its experts and a classifier together.
+
+    Args:
+        base: HF model directory or hub id, or a base model loaded before.
+        adapters: expert name -> PEFT LoRA directory or hub id, in the order of the classifier's outputs. None takes
+            those of ``config`` or of ``checkpoint``. With a checkpoint, they replace its paths, in the same order.
+        config: settings of a new classifier. None means the defaults of PEFT. Not with ``checkpoint``.
+        checkpoint: directory or hub id of a trained X-LoRA, in PEFT's layout or the original one.
+        dtype: of the base model and the classifier; None takes the one in the base's config.json.
+        expert_dtype: of the experts, and of their products: float32 is PEFT's; bfloat16 is faster, and accumulates in
+            float32.
+        seed: of a new classifier.
+        scan_layers: see :func:`interop.load_base`.
+        **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: arguments that do not go together, or a config that does not fit the base or the experts.
+        FormatError: a file that can't be used; the message names it, and what to do.
+    """
+    if checkpoint is not None and config is not None:
+        raise ValueError("give either checkpoint (which has its config) or config (for a new classifier), not both")
+    trained = None if checkpoint is None else read_xlora(resolve(checkpoint, **hub_options))
+    if trained is not None:
+        config = trained.config
+        adapters = _of_checkpoint(trained, adapters)
+    elif adapters is None:
+        adapters = None if config is None else config.adapters
+    if not adapters:
+        raise ValueError("no experts: pass adapters={name: directory or hub id}")
+    base_model = base
+    if not isinstance(base_model, BaseModel):
+        base_model = load_base(base_model, dtype=dtype, scan_layers=scan_layers, **hub_options)
+    elif dtype is not None and jnp.dtype(dtype) != jnp.dtype(base_model.module.dtype):
+        raise ValueError(f"dtype {dtype} differs from that of the base model given, {base_model.module.dtype}")
+    config = _fitted(config, adapters, base_model)
+
+    loaded = tuple(load_lora(path, name=name, **hub_options) for name, path in adapters.items())
+    experts, layers = stack_experts(loaded, base_model, jnp.dtype(expert_dtype))
+    origin = XLoraOrigin(base_model.origin, loaded, {} if trained is None else trained.extras)
+    params = {"base": base_model.params, "experts": experts, "classifier": {}}
+    model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin)
+    template = _classifier_template(model, seed)
+    classifier = template if trained is None else _trained_classifier(trained, template, config, layers)
+    return model.replace(params={**params, "classifier": classifier})
+
+
+def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -> None:
+    """Write classifier, settings and experts to a directory of their own; an existing save there is replaced whole.
+
+    Args:
+        model: as loaded by :func:`load_xlora`, trained or not.
+        directory: created or replaced; a kill at any moment leaves the old one or the new one.
+        layout: ``peft``, ``xlora`` (the original) or ``mistralrs``.
+
+    Raises:
+        FormatError: the layout can't express this model; the message says what and why.
+    """
+    origin: XLoraOrigin = model.origin
+    classifier = model.params["classifier"]
+    write_xlora(
+        directory,
+        layout=layout,
+        config=model.config,
+        classifier=[
+            (np.asarray(dense["kernel"]), np.asarray(dense["bias"]))
+            for dense in (classifier[f"dense_{i}"] for i in range(model.config.xlora_depth))
+        ],
+        adapters=unstack_experts(model.params["experts"], model.layers, origin.adapters),
+        base_model=origin.base.name_or_path,
+        layer_names=model.layer_names,
+        extras=origin.extras,
+    )
+
+
+def _of_checkpoint(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None) -> Mapping[str, str | Path]:
+    """The experts of a checkpoint, or those that replace them."""
+    if adapters is None:
+        unknown = [name for name, path in trained.adapters.items() if path is None]
+        if unknown:
+            raise FormatError(
+                f"{trained.directory}: the experts {', '.join(unknown)} are not where the checkpoint says; pass "
+                f"adapters={{name: directory or hub id}} in the same order"
+            )
+        return {name: path for name, path in trained.adapters.items() if path is not None}
+    if len(adapters) != len(trained.adapters):
+        raise ValueError(
+            f"adapters: the checkpoint has {len(trained.adapters)} experts ({', '.join(trained.adapters)}), got "
+            f"{len(adapters)} ({', '.join(adapters)}); give one for each, in that order"
+        )
+    return adapters
+
+
+def _fitted(config: XLoraConfig | None, adapters: Mapping[str, str | Path], base: BaseModel) -> XLoraConfig:
+    """The config with these experts, checked against the base."""
+    width = base.module.config.hidden_size
+    paths = {name: str(path) for name, path in adapters.items()}
+    if config is None:
+        return XLoraConfig(hidden_size=width, adapters=paths)
+    if config.hidden_size != width:
+        raise ValueError(
+            f"config.hidden_size is {config.hidden_size}, but the base model's hidden size is {width}: "
+            f"XLoraConfig(hidden_size={width}, ...)"
+        )
+    return dataclasses.replace(config, adapters=paths)
+
+
+def _classifier_template(model: XLoraModel, seed: int) -> dict[str, Any]:
+    """A new classifier's parameters."""
+    hidden = jax.ShapeDtypeStruct((1, 1, model.config.hidden_size), model.module.dtype)
+    init = jax.jit(model.xlora.classifier.init)
+    params: dict[str, Any] = init(jax.random.key(seed), jnp.zeros(hidden.shape, hidden.dtype))["params"]
+    return params
+
+
+def _trained_classifier(
+    trained: XLoraCheckpoint, template: dict[str, Any], config: XLoraConfig, layers: AdaptedLayers
+) -> dict[str, Any]:
+    """The checkpoint's classifier, held against the shapes that config and experts ask for."""
+    params: dict[str, Any] = {}
+    for i, (weight, bias) in enumerate(trained.classifier):
+        want = template[f"dense_{i}"]
+        if bias is None:
+            raise FormatError(f"{trained.directory}: layer {i} of the classifier has no bias (use_bias false)")
+        if weight.shape != want["kernel"].shape:
+            last = i == config.xlora_depth - 1
+            reason = f"{len(config.adapters)} experts, {len(layers)} adapted layers, " if last else ""
+            raise FormatError(
+                f"{trained.directory}: layer {i} of the classifier is {weight.shape[0]} -> {weight.shape[1]}, expected "
+                f"{want['kernel'].shape[0]} -> {want['kernel'].shape[1]} ({reason}layerwise_scalings "
+                f"{config.layerwise_scalings}); are these the experts that it was trained with?"
+            )
+        dtype = want["kernel"].dtype
+        params[f"dense_{i}"] = {"kernel": jnp.asarray(weight, dtype), "bias": jnp.asarray(bias, dtype)}
+    return params

@@ -1,0 +1,20 @@
+"""``xlora-jax``: one subcommand a file of this folder."""
+
+from __future__ import annotations
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="xlora-jax",
+    help="X-LoRA, a mixture of LoRA experts, for JAX: look at files, train a gate, generate, export, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

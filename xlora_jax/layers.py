@@ -1,0 +1,88 @@
+"""Which layers are adapted, in which order, and where their variables stand.
+
+PEFT numbers the adapted layers in the order of torch's ``modules()``; a layerwise classifier's output depends on that
+order. :class:`AdaptedLayers` holds it as data and hands each layer its gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["AdaptedLayers", "Slot"]
+
+ABSENT = -1
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of one module, or of a stack of them, in the variables' collections.
+
+    Attributes:
+        path: keys from the root of a collection to the module, such as ``("layers", "mlp", "up_proj")``.
+        numbers: the adapted layer's number; for a module whose variables are stacked on a leading axis (``nn.scan``) a
+            tuple with one number per member, :data:`ABSENT` (-1) where that member has no experts.
+    """
+
+    path: tuple[str, ...]
+    numbers: int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdaptedLayers:
+    """The adapted layers of a model; hashable, so that it can be a static argument.
+
+    Attributes:
+        names: module paths in the order of the classifier's output (for HF models, PEFT's order).
+        slots: where they stand. Every number below ``len(names)`` occurs once.
+        with_bias: whether an expert has a ``lora_bias``, which acts even where its gate is zero.
+    """
+
+    names: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    with_bias: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that names and slots number the same layers."""
+        found = sorted(number for slot in self.slots for number in np.ravel(slot.numbers) if number != ABSENT)
+        if found != list(range(len(self.names))):
+            raise ValueError(f"slots number the layers {found}, expected each of 0..{len(self.names) - 1} once")
+
+    def __len__(self) -> int:
+        """Return L, the number of adapted layers."""
+        return len(self.names)
+
+    def collection(self, gates: jax.Array, weight: float | jax.Array) -> dict[str, Any]:
+        """Lay gates out as the ``scalings`` collection.
+
+        Args:
+            gates: ``[B, T, L, N]``, or ``[B, T, 1, N]`` where all layers share them.
+            weight: the global scaling weight, which the gates have in them already; biases need it by itself.
+
+        Returns:
+            Nested mapping with ``gates [B, T, N]`` at each slot, stacked slots with a leading axis.
+        """
+        shared = gates.shape[2] == 1
+        by_layer = jnp.moveaxis(gates, 2, 0)
+        tree: dict[str, Any] = {}
+        for slot in self.slots:
+            # An absent member has only zeros for columns: any gate will do.
+            index = np.maximum(np.asarray(slot.numbers), 0)
+            leaf = {"gates": jnp.broadcast_to(by_layer[0], (*index.shape, *by_layer.shape[1:]))}
+            if not shared:
+                leaf["gates"] = by_layer[index]
+            if self.with_bias:
+                leaf["weight"] = jnp.full(index.shape, weight, jnp.float32)
+            node = tree
+            for key in slot.path[:-1]:
+                node = node.setdefault(key, {})
+            node[slot.path[-1]] = leaf
+        return tree
+
+    def expand(self, scalings: jax.Array) -> jax.Array:
+        """Return scalings ``[B, T, L, N]`` from ``[B, T, L, N]`` or ``[B, T, 1, N]``."""
+        return jnp.broadcast_to(scalings, (*scalings.shape[:2], len(self), scalings.shape[-1]))

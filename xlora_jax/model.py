@@ -1,0 +1,323 @@
+"""The handles that users hold: module, parameters and settings together, with the method names of PEFT and HF."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlora_jax.config import XLoraConfig
+from xlora_jax.forward import Params, XLora, XLoraOutput, forward
+from xlora_jax.generation import generate
+from xlora_jax.layers import AdaptedLayers
+from xlora_jax.models import Decoder, DecoderOutput
+from xlora_jax.sampling import Sampler
+
+__all__ = ["BaseModel", "XLoraModel"]
+
+_forward = partial(jax.jit, static_argnums=0)(forward)
+
+
+@partial(jax.jit, static_argnums=0)
+def _base_forward(module: Decoder, params: Params, **inputs: Any) -> DecoderOutput:
+    return cast(DecoderOutput, module.apply({"params": params}, **inputs))
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model alone.
+
+    Attributes:
+        module: the Flax module.
+        params: its parameters.
+        origin: where it came from, for those who write it back.
+    """
+
+    module: Decoder
+    params: Params
+    origin: Any = None
+
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None) -> DecoderOutput:
+        """Return logits ``[B, T, V]`` and hidden states ``[B, T, D]``; arguments as those of :class:`XLoraModel`."""
+        inputs = _inputs(input_ids, attention_mask, inputs_embeds)
+        return cast(DecoderOutput, _base_forward(self.module, self.params, **inputs))
+
+
+@dataclass
+class XLoraModel:
+    """An X-LoRA model.
+
+    The setters change the handle that they are called on, by giving it a new frozen ``config``; parameters are never
+    changed in place. Everything below the handle is pure: ``model.xlora`` with ``model.params`` is what the functions
+    of :mod:`xlora_jax.forward`, :mod:`xlora_jax.generation` and :mod:`xlora_jax.training` take.
+
+    Attributes:
+        module: the base model, a Flax module.
+        params: ``{"base": ..., "experts": ..., "classifier": ...}``.
+        config: the settings.
+        layers: the adapted layers.
+        expert_names: names in the order of the classifier's outputs.
+        origin: where base and experts came from, for those who write them back.
+    """
+
+    module: Decoder
+    params: Params
+    config: XLoraConfig
+    layers: AdaptedLayers
+    expert_names: tuple[str, ...]
+    origin: Any = None
+    _enabled: bool = field(default=True, repr=False)
+    _logging: bool = field(default=False, repr=False)
+    _log: list[jax.Array] = field(default_factory=list, repr=False)
+    _latest: jax.Array | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the settings against the experts."""
+        self.config.validate_experts(len(self.expert_names))
+
+    @property
+    def xlora(self) -> XLora:
+        """The static description that the pure functions take as their first argument."""
+        return XLora(self.module, self.layers, len(self.expert_names), self.config)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Module paths of the adapted layers, in the order of the layers' axis of the scalings."""
+        return self.layers.names
+
+    def replace(self, *, params: Params | None = None, config: XLoraConfig | None = None) -> XLoraModel:
+        """Return a copy with other parameters or settings, and an empty log."""
+        return dataclasses.replace(
+            self,
+            params=self.params if params is None else params,
+            config=self.config if config is None else config,
+            _log=[],
+            _latest=None,
+        )
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        *,
+        scalings: Any = None,
+    ) -> XLoraOutput:
+        """Run both passes.
+
+        Args:
+            input_ids: int ``[B, T]``, NumPy or JAX; or ``inputs_embeds``.
+            attention_mask: ``[B, T]``, zero at padding.
+            inputs_embeds: float ``[B, T, D]``.
+            scalings: use these in place of the classifier's, broadcast to ``[B, T, L, N]``: ``[1, 0, 0]`` is the first
+                of three experts alone. Top-k, softmax over the selected and global weight act on them as on any.
+
+        Returns:
+            Logits ``[B, T, V]``, hidden states ``[B, T, D]`` and scalings ``[B, T, L, N]``.
+
+        Raises:
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or shapes that do not fit.
+        """
+        inputs = _inputs(input_ids, attention_mask, inputs_embeds)
+        if not self._enabled:
+            base = _base_forward(self.module, self.params["base"], **inputs)
+            return XLoraOutput(base.logits, base.hidden_states, None)
+        if scalings is not None:
+            inputs["scalings"] = jnp.asarray(scalings)
+        out = cast(XLoraOutput, _forward(self.xlora, self.params, **inputs))
+        if scalings is None:
+            self._record(out.scalings)
+        return out
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int = 0,
+    ) -> jax.Array:
+        """Generate with a cache for each pass, on the device.
+
+        Args:
+            input_ids: int ``[B, T]``; prompts of different length are padded, usually on the left.
+            attention_mask: ``[B, T]``, zero at padding; None where there is none.
+            max_new_tokens: at least 1.
+            do_sample: draw (True) or take the most probable token (False).
+            temperature: positive, divides the logits of a draw.
+            top_k: draw among the k most probable tokens.
+            top_p: draw among the most probable tokens that together reach this probability.
+            eos_token_id: token or tokens that end a row; None runs every row to the end.
+            pad_token_id: fills a row after its end; default the first ``eos_token_id``.
+            seed: of the draws.
+
+        Returns:
+            int32 ``[B, T + max_new_tokens]``: the prompts as given, then what was generated.
+
+        Raises:
+            ValueError: shapes that do not fit, a prompt without tokens, or settings without meaning.
+        """
+        ids = jnp.asarray(input_ids, jnp.int32)
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids: expected [batch, tokens], got shape {list(ids.shape)}")
+        mask = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {mask.shape}")
+        lengths = (mask != 0).sum(axis=1)
+        if not lengths.all():
+            raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens: its attention_mask is all zero")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        eos = () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
+        pad = pad_token_id if pad_token_id is not None else (eos[0] if eos else 0)
+        sampler = Sampler(do_sample, temperature, top_k, top_p) if do_sample else Sampler()
+
+        tokens = ids
+        rng = jax.random.key(seed)
+        done = np.zeros(len(ids), bool)
+        for count in self._spans(int(lengths.max()), max_new_tokens):
+            rng, key = jax.random.split(rng)
+            out = generate(
+                self.xlora,
+                self.params,
+                tokens,
+                jnp.asarray(mask),
+                key,
+                max_new_tokens=count,
+                sampler=sampler,
+                eos=eos,
+                pad=pad,
+                experts=self._enabled,
+                record=self._logging,
+            )
+            new = np.where(done[:, None], pad, out.tokens)
+            done |= np.isin(new, eos).any(axis=1)
+            tokens = jnp.concatenate([tokens, jnp.asarray(new, jnp.int32)], axis=1)
+            mask = np.concatenate([mask, np.ones_like(new)], axis=1)
+        if out.scalings is not None:
+            # From positions back to columns, and without the last token, which nothing was predicted from.
+            position = np.maximum(np.cumsum(mask != 0, axis=1) - 1, 0)[:, :-1, None, None]
+            scalings = jnp.take_along_axis(out.scalings, jnp.asarray(position), axis=1)
+            self._record(self.layers.expand(jnp.where(jnp.asarray(mask)[:, :-1, None, None] != 0, scalings, 0)))
+        return tokens
+
+    def _spans(self, length: int, new: int) -> Iterator[int]:
+        """Split ``new`` tokens where rotary frequencies change: there, what is cached is no longer true."""
+        switch = self.module.config.rope.switches_at
+        # The token at position `switch` is the first whose pass has the other frequencies; it is generated before.
+        if switch is not None and length <= switch < length + new - 1:
+            yield switch + 1 - length
+            new -= switch + 1 - length
+        yield new
+
+    def _record(self, scalings: jax.Array | None) -> None:
+        self._latest = scalings
+        if self._logging and scalings is not None:
+            self._log.append(scalings)
+
+    def set_topk_lora(self, value: int | None) -> None:
+        """Keep the ``value`` largest gates of each token and layer; None keeps all."""
+        self._set(top_k_lora=value)
+
+    def set_global_scaling_weight(self, weight: float) -> None:
+        """Multiply the output of every expert by ``weight``."""
+        self._set(global_scaling_weight=weight)
+
+    def get_global_scaling_weight(self) -> float:
+        """Return the factor of every expert's output."""
+        return self.config.global_scaling_weight
+
+    def set_scaling_pass_value(self, value: float | None) -> None:
+        """Set the constant gate of the scaling pass; None means 1/n for n experts."""
+        self._set(scaling_pass_value=1 / len(self.expert_names) if value is None else value)
+
+    def get_latest_scalings(self) -> jax.Array | None:
+        """Return the scalings ``[B, T, L, N]`` of the last call, or None if there was none.
+
+        :meth:`generate` counts as a call only while scalings are logged: otherwise it does not keep them.
+        """
+        return self._latest
+
+    def enable_scalings_logging(self) -> None:
+        """Log the scalings of every call from now on, and one entry for every :meth:`generate`."""
+        self._logging = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stop logging; the log stays."""
+        self._logging = False
+
+    def clear_scalings_log(self) -> None:
+        """Empty the log."""
+        self._log.clear()
+
+    def get_scalings_log(self) -> list[jax.Array]:
+        """Return a copy of the log, a list of scalings ``[B, T, L, N]``."""
+        return list(self._log)
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[jax.Array]]]:
+        """Return the log by sequence length: for each T the entries' places in the log, and the entries."""
+        buckets: dict[int, tuple[list[int], list[jax.Array]]] = {}
+        for place, scalings in enumerate(self._log):
+            places, entries = buckets.setdefault(scalings.shape[1], ([], []))
+            places.append(place)
+            entries.append(scalings)
+        return buckets
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the experts on."""
+        self._enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Switch the experts off: calls and generation are the base model's, in one pass."""
+        self._enabled = False
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Switch the experts off within a ``with`` block."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def _set(self, **changes: Any) -> None:
+        with warnings.catch_warnings():
+            # What the settings warn of was said when they were made.
+            warnings.simplefilter("ignore")
+            config = dataclasses.replace(self.config, **changes)
+        config.validate_experts(len(self.expert_names))
+        self.config = config
+
+
+def _inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> dict[str, Any]:
+    """Check the arguments of a call and make them arrays."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("expected exactly one of input_ids and inputs_embeds")
+    inputs: dict[str, Any] = {}
+    if input_ids is not None:
+        inputs["input_ids"] = tokens = jnp.asarray(input_ids)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"input_ids: expected int [batch, tokens], got {tokens.dtype} {list(tokens.shape)}")
+    else:
+        inputs["inputs_embeds"] = tokens = jnp.asarray(inputs_embeds)
+        if tokens.ndim != 3:
+            raise ValueError(f"inputs_embeds: expected [batch, tokens, width], got shape {list(tokens.shape)}")
+    if attention_mask is not None:
+        inputs["attention_mask"] = mask = jnp.asarray(attention_mask)
+        if mask.shape != tokens.shape[:2]:
+            raise ValueError(f"attention_mask: expected shape {list(tokens.shape[:2])}, got {list(mask.shape)}")
+    return inputs
