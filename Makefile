@@ -11,9 +11,13 @@ TYPED := xlora_jax interop $(wildcard examples benchmarks)
 # The pin stands in pyproject.toml only.
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
+# Most of the time of a small test goes into compiling: without optimisation that takes half as long. (The programs are
+# XLA's own all the same; only their translation to machine code is plainer.) `make test XLA_FLAGS=` optimises.
+XLA_FLAGS ?= --xla_backend_optimization_level=0
+
 # One thread for each test process: several processes that each start a thread for every core slow one another down.
 # NPROC is what XLA's CPU client takes for the number of cores, the others are for torch and numpy.
-ONE_THREAD := NPROC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+TEST_ENV := XLA_FLAGS="$(XLA_FLAGS)" NPROC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: help venv test quick lint format demo clean
 
@@ -37,10 +41,10 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 test: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 quick: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)
