@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from interop.base import BaseOrigin, abstract_params
 from interop.errors import FormatError
-from interop.lora import LoraAdapter, LoraLayer, match_module
+from interop.lora import Kind, LoraAdapter, LoraLayer, renamed
 from xlora_jax import BaseModel
 from xlora_jax.layers import ABSENT, AdaptedLayers
 from xlora_jax.trees import Path, flatten, unflatten
 
-__all__ = ["stack_experts", "unstack_experts"]
+__all__ = ["fit_adapters", "stack_experts", "unstack_experts"]
 
-_KINDS = ("linear", "embedding")
+_ADAPTABLE: tuple[Kind, ...] = ("linear", "embedding", "conv")
+_KERNELS = ("kernel", "embedding")
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,35 @@ class _Piece:
     layer: LoraLayer
 
 
+def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[LoraAdapter, ...]:
+    """Check adapters against a base model, and name their layers as the base does.
+
+    Raises:
+        FormatError: an adapter has a layer that the base has not, or of another shape, or its own weights of the base.
+    """
+    origin: BaseOrigin = base.origin
+    module = base.module
+    shapes = _layer_shapes(base)
+    places = {
+        placed.hf: placed
+        for placed in origin.family.modules(module.config.num_layers, stacked=module.scan_layers)
+        if placed.kind in _ADAPTABLE
+    }
+    fitted = tuple(renamed(adapter, places) for adapter in adapters)
+    for adapter in fitted:
+        for name, layer in adapter.layers.items():
+            place = places[name]
+            _check_layer(adapter, name, layer, place.kind, shapes[place.path], base)
+    return fitted
+
+
 def stack_experts(
     adapters: Sequence[LoraAdapter], base: BaseModel, dtype: np.dtype[Any]
 ) -> tuple[dict[str, Any], AdaptedLayers]:
     """Stack adapters into the ``experts`` collection of a base model.
 
     Args:
-        adapters: one per expert, in the order of the classifier's outputs.
+        adapters: one per expert, in the order of the classifier's outputs, as :func:`fit_adapters` gives them.
         base: what they adapt.
         dtype: of ``lora_a`` and ``lora_b``. The columns' scales are float32.
 
@@ -48,21 +71,14 @@ def stack_experts(
         The collection, and the layers numbered as PEFT does.
 
     Raises:
-        FormatError: an adapter has a layer that the base has not, or of another shape.
+        FormatError: there is no adapted layer at all.
     """
     origin: BaseOrigin = base.origin
     module = base.module
-    places = {
-        placed.hf: placed
-        for placed in origin.family.modules(module.config.num_layers, stacked=module.scan_layers)
-        if placed.kind in _KINDS
-    }
     shapes = _layer_shapes(base)
     pieces: dict[str, list[_Piece]] = {}
     for expert, adapter in enumerate(adapters):
-        for key, layer in adapter.layers.items():
-            name = match_module(key, places)
-            _check_piece(adapter, name, layer, places[name].kind, shapes[places[name].path], base)
+        for name, layer in adapter.layers.items():
             pieces.setdefault(name, []).append(_Piece(expert, layer))
     if not pieces:
         raise FormatError(f"the adapters {', '.join(a.name for a in adapters)} adapt no layer at all")
@@ -95,7 +111,6 @@ def unstack_experts(
     """
     flat = flatten(experts)
     taken: list[dict[str, LoraLayer]] = [{} for _ in adapters]
-    keys = [{match_module(key, layers.names): key for key in adapter.layers} for adapter in adapters]
     for slot in layers.slots:
         leaves = {leaf: flat.get((*slot.path, leaf)) for leaf in ("lora_a", "lora_b", "lora_bias")}
         numbers = (slot.numbers,) if isinstance(slot.numbers, int) else slot.numbers
@@ -109,20 +124,20 @@ def unstack_experts(
             }
             first = 0
             for expert, adapter in enumerate(adapters):
-                key = keys[expert].get(layers.names[number])
-                if key is None:
+                name = layers.names[number]
+                if name not in adapter.layers:
                     continue
-                was = adapter.layers[key]
+                was = adapter.layers[name]
                 own = slice(first, first + was.r)
                 first += was.r
-                taken[expert][key] = replace(
+                taken[expert][name] = replace(
                     was,
                     a=_as_stored(arrays["lora_a"][..., own], was.a),
                     b=_as_stored(arrays["lora_b"][own], was.b),
                     bias=None if was.bias is None else _as_stored(arrays["lora_bias"][expert], was.bias),
                 )
     return [
-        replace(adapter, layers={key: found[key] for key in adapter.layers})
+        replace(adapter, layers={name: found[name] for name in adapter.layers})
         for adapter, found in zip(adapters, taken, strict=True)
     ]
 
@@ -132,44 +147,54 @@ def _as_stored(array: NDArray[Any], stored: NDArray[Any]) -> NDArray[Any]:
     return stored if np.array_equal(stored.astype(array.dtype), array) else np.ascontiguousarray(array)
 
 
-def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, int]]:
-    """Input and output width of every layer that can be adapted; for an embedding its V and D."""
-    shapes: dict[Path, tuple[int, int]] = {}
-    for path, leaf in flatten(abstract_params(base.module)).items():
-        if path[-1] in ("kernel", "embedding"):
-            shapes[path[:-1]] = leaf.shape[-2:]
-    config = base.module.config
-    shapes.setdefault(("lm_head",), (config.hidden_size, config.vocab_size))
-    return shapes
-
-
-def _check_piece(
-    adapter: LoraAdapter, name: str, layer: LoraLayer, kind: str, shape: tuple[int, int], base: BaseModel
+def _check_layer(
+    adapter: LoraAdapter, name: str, layer: LoraLayer, kind: str, shape: tuple[int, ...], base: BaseModel
 ) -> None:
-    got = (layer.a.shape[0], layer.b.shape[-1])
-    if layer.kind != kind or got != shape:
+    got = (*layer.a.shape[:-1], layer.b.shape[-1])
+    where = f"adapter {adapter.name!r} ({adapter.path})"
+    if (layer.kind, got) != (kind, shape):
         raise FormatError(
-            f"adapter {adapter.name!r} ({adapter.path}) is not of this base ({base.origin.name_or_path}): layer {name} "
-            f"is a {kind} layer of {shape[0]} -> {shape[1]}, the adapter has a {layer.kind} layer of {got[0]} -> "
-            f"{got[1]}; it was trained on {adapter.base_model_name_or_path!r}."
+            f"{where} is of another base than {base.origin.name_or_path}: its {name} is for a {layer.kind} module "
+            f"of shape {list(got)}, the base has a {kind} module of shape {list(shape)} there. It was trained on "
+            f"{adapter.base_model_name_or_path!r}: use that base, or leave the adapter out."
         )
-    if layer.base_weight is not None:
-        table = np.asarray(base.params["embed_tokens"]["embedding"])
-        if not np.array_equal(np.asarray(layer.base_weight, table.dtype), table):
-            raise FormatError(
-                f"adapter {adapter.name!r} ({adapter.path}): it brings its own weights of {name}, which differ from "
-                f"the base's; experts share one base. Save it with save_embedding_layers=False if the table was not "
-                f"trained, or train the adapter without it."
-            )
+    if layer.base_weight is None:
+        return
+    table = np.asarray(base.params["embed_tokens"]["embedding"])
+    stored = layer.base_weight.read()
+    # Whichever of the two dtypes is the coarser one may have rounded.
+    same = stored.shape == table.shape and (
+        np.array_equal(stored.astype(table.dtype), table) or np.array_equal(table.astype(stored.dtype), stored)
+    )
+    if not same:
+        raise FormatError(
+            f"{where} brings its own weights of {name} ({layer.base_weight.name!r}, shape {list(stored.shape)}), "
+            f"which are not the base's ({list(table.shape)}): the table was resized or trained, and experts share one "
+            f"base. Use the base that it was trained on, or train the adapter without changing the table."
+        )
+
+
+def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
+    """Kernel shape of every layer that can be adapted, by its place; for an embedding [V, D]."""
+    module = base.module
+    leaves = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items() if path[-1] in _KERNELS}
+    # A tied head has no kernel of its own.
+    leaves.setdefault(("lm_head",), (module.config.hidden_size, module.config.vocab_size))
+    stacked = module.scan_layers
+    return {
+        placed.path: leaves[placed.path][0 if placed.member is None else 1 :]
+        for placed in base.origin.family.modules(module.config.num_layers, stacked=stacked)
+        if placed.kind in _ADAPTABLE
+    }
 
 
 def _stack(
-    members: list[list[_Piece]], shape: tuple[int, int], n: int, dtype: np.dtype[Any]
+    members: list[list[_Piece]], shape: tuple[int, ...], n: int, dtype: np.dtype[Any]
 ) -> dict[str, NDArray[Any]]:
     """Lay the pieces of each member side by side, and pad members of smaller rank with columns that are nobody's."""
-    count, (width_in, width_out) = len(members), shape
+    count, (*inputs, width_out) = len(members), shape
     rank = max(sum(piece.layer.r for piece in member) for member in members)
-    a = np.zeros((count, width_in, rank), dtype)
+    a = np.zeros((count, *inputs, rank), dtype)
     b = np.zeros((count, rank, width_out), dtype)
     columns = np.zeros((count, n, rank), np.float32)
     bias = np.zeros((count, n, width_out), dtype)
@@ -181,7 +206,7 @@ def _stack(
         for expert, layer in ((piece.expert, piece.layer) for piece in member):
             own = slice(first, first + layer.r)
             first += layer.r
-            a[m, :, own] = layer.a
+            a[m, ..., own] = layer.a
             b[m, own] = layer.b
             columns[m, expert, own] = layer.scale
             dropout[m, expert] = layer.dropout

@@ -15,7 +15,7 @@ import numpy as np
 from interop.base import load_base
 from interop.checkpoint import XLoraCheckpoint, read_xlora, write_xlora
 from interop.errors import FormatError
-from interop.experts import stack_experts, unstack_experts
+from interop.experts import fit_adapters, stack_experts, unstack_experts
 from interop.hub import resolve
 from interop.lora import LoraAdapter, load_lora
 from xlora_jax import BaseModel, XLoraConfig, XLoraModel
@@ -90,7 +90,7 @@ def load_xlora(
         raise ValueError(f"dtype {dtype} differs from that of the base model given, {base_model.module.dtype}")
     config = _fitted(config, adapters, base_model)
 
-    loaded = tuple(load_lora(path, name=name, **hub_options) for name, path in adapters.items())
+    loaded = fit_adapters([load_lora(path, name=name, **hub_options) for name, path in adapters.items()], base_model)
     experts, layers = stack_experts(loaded, base_model, jnp.dtype(expert_dtype))
     origin = XLoraOrigin(base_model.origin, loaded, {} if trained is None else trained.extras)
     params = {"base": base_model.params, "experts": experts, "classifier": {}}
