@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from interop.errors import FormatError
 from interop.files import file_in, parse_json, read_json
@@ -67,6 +67,10 @@ class LazyTensor:
     def read(self) -> NDArray[Any]:
         """The values, in memory of their own."""
         return self.load()
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The values, for `numpy.asarray`."""
+        return self.load().astype(self.dtype if dtype is None else dtype, copy=False)
 
 
 def open_tensors(directory: Path, stem: str = "model") -> dict[str, LazyTensor]:

@@ -168,10 +168,10 @@ class TestHostileSafetensors:
     def test_header(self, tmp_path, case):
         header, data, words = HOSTILE_HEADERS[case]
         path = write_raw(tmp_path / "x.safetensors", header, data)
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(FormatError, match=words) as caught:
             open_safetensors(path)
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
         assert str(caught.value).startswith(str(path))
         assert len(str(caught.value)) < 1000
 
