@@ -67,7 +67,7 @@ def name_of(case):
     return "-".join(str(value).replace(" ", "_") for value in case.values())
 
 
-@pytest.mark.parametrize("case", cases(), ids=name_of)
+@pytest.mark.parametrize("case", list(cases()), ids=name_of)
 def test_scalings_and_logits(case, base, experts):
     case = dict(case)
     base_dir = base(case.pop("family"))
