@@ -50,12 +50,14 @@ class XLora:
         layers: its adapted layers.
         num_experts: N.
         config: the settings.
+        gate_dtype: of the classifier's computation; None takes the base model's, as PEFT does.
     """
 
     module: Decoder
     layers: AdaptedLayers
     num_experts: int
     config: XLoraConfig
+    gate_dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self) -> None:
         """Check the settings against the number of experts."""
@@ -74,7 +76,7 @@ class XLora:
             layerwise=config.layerwise_scalings,
             softmax=config.enable_softmax,
             temperature=config.softmax_temperature,
-            dtype=self.module.dtype,
+            dtype=self.gate_dtype or self.module.dtype,
             param_dtype=self.module.param_dtype,
         )
 
@@ -166,6 +168,7 @@ def forward(
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
     positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     scalings: jax.Array | None = None,
     rngs: Mapping[str, jax.Array] | None = None,
     with_logits: bool = True,
@@ -179,6 +182,7 @@ def forward(
         attention_mask: ``[B, T]``, zero at padding.
         inputs_embeds: ``[B, T, D]``.
         positions: int ``[B or 1, T]``; default 0..T-1.
+        segment_ids: int ``[B, T]``: documents packed into one row; tokens see their own only.
         scalings: use these, broadcast to ``[B, T, L, N]``, instead of the classifier's: no scaling pass is run.
         rngs: ``dropout`` for the classifier's dropout and ``lora_dropout`` for the experts'; what is absent is off.
         with_logits: also apply the output head.
@@ -191,6 +195,7 @@ def forward(
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         "positions": positions,
+        "segment_ids": segment_ids,
     }
     rngs = dict(rngs or {})
     lora_rngs: list[dict[str, jax.Array]] = [{}, {}]

@@ -28,7 +28,14 @@ from xlora_jax.models.cache import KVCache
 from xlora_jax.models.rope import Rope, apply_rope
 from xlora_jax.modules import XLoraDense, XLoraEmbed, XLoraTiedHead
 
-__all__ = ["ACTIVATIONS", "Decoder", "DecoderConfig", "DecoderOutput"]
+__all__ = ["ACTIVATIONS", "REMAT_POLICIES", "Decoder", "DecoderConfig", "DecoderOutput"]
+
+# What the backward pass finds stored of each block; the rest is computed again from the block's input.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": None,  # nothing but the block's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "dots_and_attention": jax.checkpoint_policies.dots_saveable,  # all products
+}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -114,6 +121,7 @@ class _Context:
     mask: jax.Array | None  # bool [B or 1, 1, T, S]; None: causal
     sliding_mask: jax.Array | None
     start: jax.Array | None
+    attention: str | None = struct.field(pytree_node=False, default=None)  # type: ignore[no-untyped-call]
 
 
 class RMSNorm(nn.Module):
@@ -156,7 +164,9 @@ class Attention(nn.Module):
             assert context.start is not None
             cache, k, v = cache.update(layer, k, v, context.start)
             k, v = k.astype(q.dtype), v.astype(q.dtype)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+        y = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=mask is None, implementation=cast(Any, context.attention)
+        )
         if mask is not None and cache is None:
             # Padding can leave a query nothing to attend to. Its result is zero then, as torch's SDPA has it.
             y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, jnp.zeros_like(y))
@@ -221,20 +231,32 @@ class Decoder(nn.Module):
         dtype: of the computation.
         param_dtype: of the parameters at initialisation.
         scan_layers: stack the blocks under ``nn.scan``, or stand them side by side.
+        remat: rematerialise each block's activations in a backward pass, by a policy of :data:`REMAT_POLICIES`; None
+            stores them all.
+        attention: implementation of ``jax.nn.dot_product_attention``: ``xla`` or ``cudnn`` (flash attention, on
+            NVIDIA GPUs in bfloat16 or float16); None is JAX's own choice.
     """
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
     scan_layers: bool = True
+    remat: str | None = None
+    attention: str | None = None
 
     def setup(self) -> None:
         """Make the submodules; their names are the keys of the parameters."""
         cfg = self.config
         self.embed_tokens = XLoraEmbed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        block: Any = Block
+        if self.remat is not None:
+            if self.remat not in REMAT_POLICIES:
+                raise ValueError(f"remat: expected None or one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+            # Under scan the loop itself keeps XLA from merging the second computation with the first.
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if self.scan_layers:
             scanned = nn.scan(
-                Block,
+                block,
                 variable_axes={"params": 0, "experts": 0, "scalings": 0},
                 split_rngs={"params": True, "lora_dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
@@ -242,7 +264,7 @@ class Decoder(nn.Module):
             )
             self.layers: Any = scanned(cfg, self.dtype, self.param_dtype)
         else:
-            self.layers = [Block(cfg, self.dtype, self.param_dtype) for _ in range(cfg.num_layers)]
+            self.layers = [block(cfg, self.dtype, self.param_dtype) for _ in range(cfg.num_layers)]
         self.norm = RMSNorm(cfg.norm_eps, self.dtype, self.param_dtype)
         if cfg.tie_word_embeddings:
             self.lm_head: Any = XLoraTiedHead(dtype=self.dtype)
@@ -256,6 +278,7 @@ class Decoder(nn.Module):
         inputs_embeds: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         start: jax.Array | None = None,
         with_logits: bool = True,
@@ -268,6 +291,8 @@ class Decoder(nn.Module):
             attention_mask: bool or int ``[B, T]``, zero where a token is padding; None for no padding. Not with a
                 cache, where every row's tokens stand at its positions without gaps.
             positions: int ``[B or 1, T]``; default 0..T-1, or ``start`` onwards.
+            segment_ids: int ``[B, T]``: documents packed into one row; tokens see their own only. Give ``positions``
+                that count from each document's start. Not with a cache.
             cache: keys and values of earlier tokens; this call's are written to it.
             start: int ``[B]``, with ``cache``: position, and slot, of each row's first token of this call.
             with_logits: also apply the output head.
@@ -280,10 +305,11 @@ class Decoder(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        if (cache is None) != (start is None) or (cache is not None and attention_mask is not None):
-            raise ValueError("cache and start come together, and without attention_mask")
+        masked = attention_mask is not None or segment_ids is not None
+        if (cache is None) != (start is None) or (cache is not None and masked):
+            raise ValueError("cache and start come together, and without attention_mask and segment_ids")
         x = self.embed_tokens(input_ids) if input_ids is not None else jnp.asarray(inputs_embeds, self.dtype)
-        context = self._context(x, attention_mask, positions, cache, start)
+        context = self._context(x, attention_mask, positions, segment_ids, cache, start)
         sliding = np.asarray(self.config.sliding or [False] * self.config.num_layers)
         carry = (x, cache)
         if self.scan_layers:
@@ -319,6 +345,7 @@ class Decoder(nn.Module):
         x: jax.Array,
         attention_mask: jax.Array | None,
         positions: jax.Array | None,
+        segment_ids: jax.Array | None,
         cache: KVCache | None,
         start: jax.Array | None,
     ) -> _Context:
@@ -328,12 +355,14 @@ class Decoder(nn.Module):
         visible = keys <= queries[:, :, None]  # [B or 1, T, S]
         if attention_mask is not None:
             visible = visible & (attention_mask != 0)[:, None, :]
+        if segment_ids is not None:
+            visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
         sliding = full = None
         if self.config.window is not None:
             sliding = (visible & (keys > queries[:, :, None] - self.config.window))[:, None]
         if not all(self.config.sliding or [False]) and (
-            cache is not None or attention_mask is not None or sliding is not None
+            cache is not None or attention_mask is not None or segment_ids is not None or sliding is not None
         ):
             full = visible[:, None]
         cos, sin = self.config.rope.cos_sin(queries if positions is None else positions)
-        return _Context(cos.astype(x.dtype), sin.astype(x.dtype), full, sliding, start)
+        return _Context(cos.astype(x.dtype), sin.astype(x.dtype), full, sliding, start, self.attention)
