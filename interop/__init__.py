@@ -3,7 +3,23 @@
 torch is optional here: it is needed for `.bin` pickles and for handing over a live `torch.nn.Module` only.
 """
 
+from interop.base import load_base
+from interop.checkpoint import classifier_from_torch, classifier_to_torch, repoint
+from interop.checkpoint import classifier_from_torch, classifier_to_torch, repoint
 from interop.errors import FormatError
 from interop.lora import LoraAdapter, LoraLayer, load_lora, save_lora
+from interop.model import load_xlora, save_xlora
 
-__all__ = ["FormatError", "LoraAdapter", "LoraLayer", "load_lora", "save_lora"]
+__all__ = [
+    "FormatError",
+    "LoraAdapter",
+    "LoraLayer",
+    "classifier_from_torch",
+    "classifier_to_torch",
+    "load_base",
+    "load_lora",
+    "load_xlora",
+    "repoint",
+    "save_lora",
+    "save_xlora",
+]

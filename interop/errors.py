@@ -1,6 +1,8 @@
-"""The one exception that reading and writing files of others raises."""
+"""The one exception that reading and writing files of others raises, and how its messages quote."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class FormatError(ValueError):
@@ -8,3 +10,15 @@ class FormatError(ValueError):
 
     The message names the file or adapter, the tensor or field, what was expected, what was found, and what to do.
     """
+
+
+def brief(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:120] + "..."
+
+
+def listed(items: Iterable[str]) -> str:
+    """The first few, quoted, for a message."""
+    quoted = [brief(item) for item in items]
+    return ", ".join(quoted[:8]) + (f" and {len(quoted) - 8} more" if len(quoted) > 8 else "")

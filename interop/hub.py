@@ -12,6 +12,11 @@ from interop.errors import FormatError
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a repository's id, `name` or `org/name`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def resolve(
     dir_or_id: str | os.PathLike[str],
     *,
@@ -55,7 +60,7 @@ def resolve(
         root = path
     else:
         text = os.fspath(dir_or_id)
-        if not isinstance(dir_or_id, str) or not _HUB_ID.fullmatch(text):
+        if not isinstance(dir_or_id, str) or not is_hub_id(text):
             raise FileNotFoundError(f"{text}: no such directory (and not of the form of a hub id, org/name).")
         root = _download(text, revision, subfolder, token, cache_dir, local_files_only, files)
     directory = root if subfolder is None else root / subfolder

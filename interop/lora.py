@@ -18,15 +18,13 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
-import numpy as np
 from numpy.typing import NDArray
 
 from interop.atomic import replacing
-from interop.errors import FormatError
+from interop.errors import FormatError, brief, listed
 from interop.files import file_in, read_json, write_json
 from interop.hub import resolve
-from interop.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
+from interop.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
 
 Kind = Literal["linear", "embedding", "conv"]
 
@@ -245,12 +243,12 @@ def _check_field(name: str, value: object, where: str) -> None:
     rule = _FIELDS.get(name)
     if rule is None and not _is_one_of(value, _NOTHING):
         raise FormatError(
-            f"{where}: unknown field {name!r} = {_brief(value)}. It may change what the adapter means, so it isn't "
+            f"{where}: unknown field {name!r} = {brief(value)}. It may change what the adapter means, so it isn't "
             f"ignored; remove it if you know that it doesn't, or update this library."
         )
     if isinstance(rule, _Refused) and not _is_one_of(value, rule.neutral):
         raise FormatError(
-            f"{where}: {name} = {_brief(value)} can't be an expert: {rule.why}. What you can do: {rule.remedy}."
+            f"{where}: {name} = {brief(value)} can't be an expert: {rule.why}. What you can do: {rule.remedy}."
         )
 
 
@@ -259,7 +257,7 @@ def _check_initialisation(value: object, where: str) -> None:
         value = value.lower()
     if not _is_one_of(value, _PLAIN_INITIALISATIONS):
         raise FormatError(
-            f"{where}: init_lora_weights = {_brief(value)} can't be an expert: that initialisation changed the base's "
+            f"{where}: init_lora_weights = {brief(value)} can't be an expert: that initialisation changed the base's "
             f"weights. What you can do: convert it with PEFT, save_pretrained(..., "
             f"path_initial_model_for_weight_conversion=...), which stores a plain LoRA."
         )
@@ -283,7 +281,7 @@ def _is_rank(value: object) -> bool:
 
 def _checked(where: str, name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> Any:
     if not holds(value):
-        raise FormatError(f"{where}: {name} should be {expected}, got {_brief(value)} ({type(value).__name__}).")
+        raise FormatError(f"{where}: {name} should be {expected}, got {brief(value)} ({type(value).__name__}).")
     return value
 
 
@@ -301,7 +299,7 @@ def _read_pattern(
     if len(patterns) > _MAX_PATTERNS:
         raise FormatError(f"{where}: {name} has {len(patterns)} entries; expected at most {_MAX_PATTERNS}.")
     for pattern, value in patterns.items():
-        _checked(where, f"{name}[{_brief(pattern)}]", value, holds, expected)
+        _checked(where, f"{name}[{brief(pattern)}]", value, holds, expected)
     return patterns
 
 
@@ -321,7 +319,7 @@ def _check_patterns(settings: _Settings, paths: Collection[str], where: str) -> 
             repeats = _repeats(pattern)
             if repeats is None:
                 raise FormatError(
-                    f"{where}: {name} holds {_brief(pattern)}, whose repeated group has choices in it: matching it "
+                    f"{where}: {name} holds {brief(pattern)}, whose repeated group has choices in it: matching it "
                     f"could take for ever. Write it without, or list the modules by name."
                 )
             backtracking = 2 * longest**repeats / math.factorial(repeats) if repeats else 0
@@ -336,7 +334,7 @@ def _check_patterns(settings: _Settings, paths: Collection[str], where: str) -> 
                 _compiled(pattern)
             except (re.error, RecursionError, OverflowError) as error:
                 raise FormatError(
-                    f"{where}: {name} holds {_brief(pattern)}: no regular expression ({error})."
+                    f"{where}: {name} holds {brief(pattern)}: no regular expression ({error})."
                 ) from error
 
 
@@ -431,12 +429,12 @@ def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: _Settings,
     bias = parts.get("bias")
     if bias is not None and bias.shape != second.shape[:1]:
         raise FormatError(f"{where}: {bias.name!r} has shape {list(bias.shape)}; expected {list(second.shape[:1])}.")
-    a, b = _read(first), _read(second)
+    a, b = read_finite(first), read_finite(second)
     return LoraLayer(
         kind=kind,
         a=a.transpose(2, 3, 1, 0) if kind == "conv" else a.T,
         b=b.reshape(b.shape[:2]).T,
-        bias=None if bias is None else _read(bias),
+        bias=None if bias is None else read_finite(bias),
         r=rank,
         alpha=alpha,
         scale=settings.scale(rank, alpha),
@@ -459,18 +457,6 @@ def _kind(first: LazyTensor, second: LazyTensor, where: str) -> Kind:
     )
 
 
-def _read(tensor: LazyTensor) -> NDArray[Any]:
-    if tensor.dtype not in _FACTOR_DTYPES:
-        raise FormatError(
-            f"{tensor.file}: {tensor.name!r} has dtype {tensor.dtype}; expected one of "
-            f"{listed(map(str, _FACTOR_DTYPES))}."
-        )
-    return require_finite(tensor.read(), tensor.name, tensor.file)
-
-
-_FACTOR_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, ml_dtypes.bfloat16, np.float16, np.float64))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading and saving
 
@@ -479,7 +465,8 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
     """Reads a PEFT LoRA adapter.
 
     Args:
-        dir_or_id: its directory or hub id.
+        dir_or_id: its directory or hub id; or its weights' file where the config stands beside under the same name
+            (`math.safetensors`, `math.json`), as mistral.rs has it.
         name: the name that it gets; None takes the last part of `dir_or_id` (or of `subfolder`).
         **hub_options: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, as of `interop.hub.resolve`.
 
@@ -491,16 +478,21 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
         FormatError: what is there is broken, incomplete, or an option that no expert can have. The message names the
             adapter, the tensor or option, and the remedy.
     """
-    directory = resolve(dir_or_id, files=(CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors"), **hub_options)
+    weights = Path(dir_or_id).expanduser()
+    flat = weights.suffix == ".safetensors" and weights.is_file()
+    files = (CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors")
+    directory = weights.parent if flat else resolve(dir_or_id, files=files, **hub_options)
     if name is None:
-        name = Path(hub_options.get("subfolder") or Path(dir_or_id).expanduser().absolute()).name
+        name = weights.stem if flat else Path(hub_options.get("subfolder") or weights.absolute()).name
     where = f"adapter {name!r} ({directory})"
-    config_path = file_in(directory, CONFIG_FILE)
+    config_file = weights.with_suffix(".json").name if flat else CONFIG_FILE
+    config_path = file_in(directory, config_file)
     if config_path is None:
-        raise FileNotFoundError(f"{where}: no {CONFIG_FILE}; expected the directory of a PEFT LoRA adapter.")
+        raise FileNotFoundError(f"{where}: no {config_file}; expected the directory of a PEFT LoRA adapter.")
     config = read_json(config_path, _MAX_CONFIG_BYTES)
     settings = _read_settings(config, where)
-    modules = _by_module(open_tensors(directory, WEIGHTS_STEM), where)
+    tensors = open_file(weights) if flat else open_tensors(directory, WEIGHTS_STEM)
+    modules = _by_module(tensors, where)
     _check_patterns(settings, modules, where)
     layers = {path: _read_layer(path, parts, settings, where) for path, parts in modules.items()}
     embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
@@ -635,14 +627,3 @@ def renamed(adapter: LoraAdapter, known: Collection[str]) -> LoraAdapter:
     selection = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     config = {**adapter.config, **selection, "target_modules": list(layers), "rank_pattern": {}, "alpha_pattern": {}}
     return replace(adapter, layers=layers, config=config)
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:120] + "..."
-
-
-def listed(items: Iterable[str]) -> str:
-    """The first few, quoted, for a message."""
-    quoted = [repr(item) for item in items]
-    return ", ".join(quoted[:8]) + (f" and {len(quoted) - 8} more" if len(quoted) > 8 else "")

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from interop.errors import FormatError
+from interop.errors import FormatError, brief, listed
 from interop.files import file_in, parse_json, read_json
 
 # safetensors' names of the element types, https://github.com/huggingface/safetensors#format
@@ -41,6 +41,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "C64": np.dtype(np.complex64),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_WEIGHT_DTYPES = tuple(_DTYPES[name] for name in ("F32", "BF16", "F16", "F64"))
 
 _MAX_HEADER_BYTES = 32 * 2**20
 _MAX_DIMENSIONS = 32  # numpy's limit, up to version 2
@@ -103,11 +105,11 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
 def _open_sharded(directory: Path, index_path: Path) -> dict[str, LazyTensor]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index_path}: expected an object `weight_map` of tensor to file, got {_brief(weight_map)}.")
+        raise FormatError(f"{index_path}: expected an object `weight_map` of tensor to file, got {brief(weight_map)}.")
     shards: dict[str, dict[str, LazyTensor]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise FormatError(f"{index_path}: {name!r} should name a file, got {_brief(shard)}.")
+            raise FormatError(f"{index_path}: {name!r} should name a file, got {brief(shard)}.")
         if shard not in shards:
             path = file_in(directory, shard)
             if path is None:
@@ -161,26 +163,26 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _check_metadata(metadata: object, path: Path) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{path}: `__metadata__` should be an object of strings, got {_brief(metadata)}.")
+        raise FormatError(f"{path}: `__metadata__` should be an object of strings, got {brief(metadata)}.")
 
 
 def _checked_entry(entry: object, data_size: int, where: str) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: expected an object of dtype, shape and data_offsets, got {_brief(entry)}.")
+        raise FormatError(f"{where}: expected an object of dtype, shape and data_offsets, got {brief(entry)}.")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise FormatError(f"{where}: dtype {_brief(entry['dtype'])}; known are {', '.join(_DTYPES)}.")
+        raise FormatError(f"{where}: dtype {brief(entry['dtype'])}; known are {', '.join(_DTYPES)}.")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise FormatError(f"{where}: shape {_brief(shape)}; expected up to {_MAX_DIMENSIONS} sizes, none negative.")
+        raise FormatError(f"{where}: shape {brief(shape)}; expected up to {_MAX_DIMENSIONS} sizes, none negative.")
     if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
         raise FormatError(
-            f"{where}: data_offsets {_brief(offsets)}; expected [begin, end] within the {data_size} bytes of data."
+            f"{where}: data_offsets {brief(offsets)}; expected [begin, end] within the {data_size} bytes of data."
         )
     needed, got = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
     if needed != got:
         raise FormatError(
-            f"{where}: shape {_brief(shape)} of {entry['dtype']} takes {needed} bytes, but the file gives it {got}."
+            f"{where}: shape {brief(shape)} of {entry['dtype']} takes {needed} bytes, but the file gives it {got}."
         )
     return dtype, tuple(shape), offsets[0], offsets[1]
 
@@ -236,14 +238,14 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     except Exception as error:  # whatever a broken or hostile pickle makes the loader raise
         raise FormatError(
             f"{path}: refused by torch's weights-only loader, as broken or because it wants to run code; ask for a "
-            f"safetensors file ({_brief(str(error))})."
+            f"safetensors file ({brief(str(error))})."
         ) from error
     if not isinstance(state, Mapping):
         raise FormatError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}.")
     tensors = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise FormatError(f"{path}: {_brief(name)} should name a tensor, got {type(tensor).__name__}.")
+            raise FormatError(f"{path}: {brief(name)} should name a tensor, got {type(tensor).__name__}.")
         dtype = _DTYPES.get(_TORCH_DTYPES.get(str(tensor.dtype), ""))
         if dtype is None or tensor.layout != torch.strided or tensor.is_quantized:
             raise FormatError(f"{path}: {name!r} is a tensor of {tensor.dtype}, {tensor.layout}: not supported.")
@@ -283,6 +285,16 @@ def from_torch(tensor: Any, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
     return data.view(dtype).reshape(tuple(tensor.shape))
 
 
+def to_torch(array: NDArray[Any]) -> Any:
+    """A torch tensor with the array's bits in memory of its own; the inverse of `from_torch`."""
+    import torch
+
+    names = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+    dtype = getattr(torch, names[_DTYPE_NAMES[array.dtype]].removeprefix("torch."))
+    flat = np.array(array, order="C").reshape(-1)
+    return torch.from_numpy(flat.view(np.uint8)).view(dtype).reshape(array.shape)
+
+
 def require_finite(array: NDArray[Any], name: str, file: Path) -> NDArray[Any]:
     """The array itself. Raises FormatError if it holds NaN or infinity, with the tensor's name and how many."""
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
@@ -291,6 +303,14 @@ def require_finite(array: NDArray[Any], name: str, file: Path) -> NDArray[Any]:
             f"{file}: {name!r} holds {bad} NaN or infinite values of {array.size}; train or save it again."
         )
     return array
+
+
+def read_finite(tensor: LazyTensor) -> NDArray[Any]:
+    """The values of a weight. Raises FormatError for a type that is no floating one, and for NaN and infinity."""
+    if tensor.dtype not in _WEIGHT_DTYPES:
+        known = listed(map(str, _WEIGHT_DTYPES))
+        raise FormatError(f"{tensor.file}: {tensor.name!r} has dtype {tensor.dtype}; expected one of {known}.")
+    return require_finite(tensor.read(), tensor.name, tensor.file)
 
 
 def write_safetensors(
@@ -330,8 +350,3 @@ def write_safetensors(
             tensor = tensors[name]
             array = tensor.read() if isinstance(tensor, LazyTensor) else tensor
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _brief(value: object) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
