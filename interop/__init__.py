@@ -5,7 +5,6 @@ torch is optional here: it is needed for `.bin` pickles and for handing over a l
 
 from interop.base import load_base
 from interop.checkpoint import classifier_from_torch, classifier_to_torch, repoint
-from interop.checkpoint import classifier_from_torch, classifier_to_torch, repoint
 from interop.errors import FormatError
 from interop.lora import LoraAdapter, LoraLayer, load_lora, save_lora
 from interop.model import load_xlora, save_xlora

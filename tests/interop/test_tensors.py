@@ -137,7 +137,7 @@ HOSTILE_HEADERS = {
     "entry is no object": ({"a": 3}, b"", "'a': expected an object of dtype, shape and data_offsets"),
     "entry lacks a field": ({"a": {"dtype": "F32", "shape": []}}, b"", "'a': expected an object of dtype"),
     "entry has a field more": ({"a": entry(extra=1)}, b"x" * 8, "'a': expected an object of dtype"),
-    "unknown dtype": ({"a": entry("F31")}, b"x" * 8, "'a': dtype F31"),
+    "unknown dtype": ({"a": entry("F31")}, b"x" * 8, "'a': dtype 'F31'"),
     "dtype is no string": ({"a": entry(["F32"])}, b"x" * 8, "'a': dtype"),
     "wrong dtype": ({"a": entry("F64")}, b"x" * 8, r"'a': shape \[2\] of F64 takes 16 bytes, but the file gives it 8"),
     "wrong shape": ({"a": entry(shape=(3,))}, b"x" * 8, r"'a': shape \[3\] of F32 takes 12 bytes"),
@@ -415,7 +415,7 @@ class TestPickles:
         ("content", "words"),
         [
             ([torch.ones(1)], "expected a mapping of names to tensors, got list"),
-            ({"state_dict": {"a": torch.ones(1)}}, "state_dict should name a tensor, got dict"),
+            ({"state_dict": {"a": torch.ones(1)}}, "'state_dict' should name a tensor, got dict"),
             ({3: torch.ones(1)}, "3 should name a tensor"),
             ({"a": torch.ones(2).to_sparse()}, "'a' is a tensor of torch.float32, torch.sparse_coo: not supported"),
             ({"a": torch.ones(2, dtype=torch.complex128)}, "'a' is a tensor of torch.complex128"),
