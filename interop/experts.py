@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from interop.base import BaseOrigin, abstract_params
 from interop.errors import FormatError
+from interop.families import Placed
 from interop.lora import Kind, LoraAdapter, LoraLayer, renamed
 from xlora_jax import BaseModel
 from xlora_jax.layers import ABSENT, AdaptedLayers
@@ -53,7 +54,7 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
     for adapter in fitted:
         for name, layer in adapter.layers.items():
             place = places[name]
-            _check_layer(adapter, name, layer, place.kind, shapes[place.path], base)
+            _check_layer(adapter, layer, place, shapes[place.path], base)
     return fitted
 
 
@@ -148,30 +149,40 @@ def _as_stored(array: NDArray[Any], stored: NDArray[Any]) -> NDArray[Any]:
 
 
 def _check_layer(
-    adapter: LoraAdapter, name: str, layer: LoraLayer, kind: str, shape: tuple[int, ...], base: BaseModel
+    adapter: LoraAdapter, layer: LoraLayer, place: Placed, shape: tuple[int, ...], base: BaseModel
 ) -> None:
     got = (*layer.a.shape[:-1], layer.b.shape[-1])
     where = f"adapter {adapter.name!r} ({adapter.path})"
-    if (layer.kind, got) != (kind, shape):
+    if (layer.kind, got) != (place.kind, shape):
         raise FormatError(
-            f"{where} is of another base than {base.origin.name_or_path}: its {name} is for a {layer.kind} module "
-            f"of shape {list(got)}, the base has a {kind} module of shape {list(shape)} there. It was trained on "
+            f"{where} is of another base than {base.origin.name_or_path}: its {place.hf} is for a {layer.kind} module "
+            f"of shape {list(got)}, the base has a {place.kind} module of shape {list(shape)} there. It was trained on "
             f"{adapter.base_model_name_or_path!r}: use that base, or leave the adapter out."
         )
     if layer.base_weight is None:
         return
-    table = np.asarray(base.params["embed_tokens"]["embedding"])
-    stored = layer.base_weight.read()
+    own, stored = _weight(base, place), layer.base_weight.read()
     # Whichever of the two dtypes is the coarser one may have rounded.
-    same = stored.shape == table.shape and (
-        np.array_equal(stored.astype(table.dtype), table) or np.array_equal(table.astype(stored.dtype), stored)
+    same = stored.shape == own.shape and (
+        np.array_equal(stored.astype(own.dtype), own) or np.array_equal(own.astype(stored.dtype), stored)
     )
     if not same:
         raise FormatError(
-            f"{where} brings its own weights of {name} ({layer.base_weight.name!r}, shape {list(stored.shape)}), "
-            f"which are not the base's ({list(table.shape)}): the table was resized or trained, and experts share one "
-            f"base. Use the base that it was trained on, or train the adapter without changing the table."
+            f"{where} brings its own weights of {place.hf} ({layer.base_weight.name!r}, shape {list(stored.shape)}), "
+            f"which are not the base's ({list(own.shape)}): it was resized or trained, and experts share one "
+            f"base. Use the base that it was trained on, or train the adapter without changing it."
         )
+
+
+def _weight(base: BaseModel, place: Placed) -> NDArray[Any]:
+    """The base's own weight of a linear layer or an embedding, in torch's layout."""
+    leaves = flatten(base.params)
+    own = leaves.get((*place.path, "embedding"))
+    if own is None:
+        kernel = leaves.get((*place.path, "kernel"))
+        # A tied head borrows the embedding table.
+        own = leaves[("embed_tokens", "embedding")] if kernel is None else jnp.swapaxes(kernel, -1, -2)
+    return np.asarray(own if place.member is None else own[place.member])
 
 
 def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:

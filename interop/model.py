@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,15 @@ def _trained_classifier(
     trained: XLoraCheckpoint, template: dict[str, Any], config: XLoraConfig, layers: AdaptedLayers
 ) -> dict[str, Any]:
     """The checkpoint's classifier, held against the shapes that config and experts ask for."""
+    if trained.layer_names is not None and tuple(trained.layer_names) != layers.names:
+        differing = next(
+            pair for pair in zip_longest(trained.layer_names, layers.names, fillvalue="none") if pair[0] != pair[1]
+        )
+        raise FormatError(
+            f"{trained.directory}: the classifier was trained for {len(trained.layer_names)} adapted layers, these "
+            f"experts adapt {len(layers)}; the first difference is {differing[0]} there, {differing[1]} here. Pass the "
+            f"experts that it was trained with."
+        )
     params: dict[str, Any] = {}
     for i, (weight, bias) in enumerate(trained.classifier):
         want = template[f"dense_{i}"]
