@@ -61,8 +61,10 @@ def trained(model, groups=("classifier",), seed=0):
     return model.replace(params=jax.tree_util.tree_map_with_path(moved, model.params))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", name) for name in CONFIGS), *((family, "depth 4") for family in FAMILIES if family != "llama")],
+)
 def test_our_checkpoint_in_peft_and_here(family, name, base, experts, tmp_path, monkeypatch):
     base_dir = base(family)
     adapters = experts(base_dir, "embedding" if name == "depth 1" else "unequal")
@@ -129,8 +131,7 @@ def write_complete(theirs, directory, kind="safetensors"):
         torch.save(weights, directory / "adapter_model.bin")
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "kind"), [*((name, "safetensors") for name in CONFIGS), ("depth 2, dropout", "bin")])
 def test_pefts_complete_checkpoint_here(name, kind, base, experts, tmp_path):
     base_dir = base("mistral")
     theirs = peft_xlora(base_dir, experts(base_dir, "unequal"), **CONFIGS[name])
@@ -163,7 +164,7 @@ def test_experts_given_beside_a_checkpoint_replace_its_paths(base, experts, tmp_
     inputs = prompt(2, 9)
     assert tuple(ours.expert_names) == NAMES[:3]
     assert relative_error(ours(**inputs).logits, peft_run(theirs, **inputs)[0]) <= TOLERANCE
-    with pytest.raises((FileNotFoundError, ValueError), match="/nowhere/0"):
+    with pytest.raises(ValueError, match=r"experts 0, 1, 2 .* pass adapters="):
         load_xlora(base_dir, checkpoint=tmp_path / "peft")
 
 
@@ -187,7 +188,7 @@ def test_incomplete_checkpoint_is_completed_from_the_numbered_folders_with_a_war
     out = ours(**inputs)
     assert relative_error(out.scalings, scalings) <= TOLERANCE
     assert relative_error(out.logits, logits) <= TOLERANCE
-    state = classifier_to_torch(ours)
+    state = classifier_to_torch(ours.params["classifier"], ours.config)
     for key, tensor in classifier_of(theirs).state_dict().items():
         np.testing.assert_array_equal(np.asarray(state[key]), tensor.numpy())
 

@@ -251,7 +251,7 @@ def test_classifier_goes_back_to_torch_unchanged(base, experts):
         theirs = peft_xlora(base_dir, adapters, layerwise_scalings=True, **config)
         ours = our_xlora(base_dir, adapters, theirs, layerwise_scalings=True, **config)
         wanted = classifier_of(theirs).state_dict()
-        back = classifier_to_torch(ours)
+        back = classifier_to_torch(ours.params["classifier"], ours.config)
         assert list(back) == list(wanted)
         for name, tensor in back.items():
             assert torch.equal(torch.as_tensor(np.asarray(tensor)), wanted[name]), name
