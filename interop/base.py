@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop.errors import FormatError
-from interop.families import Family, Placed, decoder_config, family_of
+from interop.families import LEAVES, Family, abstract_params, decoder_config, family_of
 from interop.files import file_in, read_json
 from interop.hub import resolve
 from interop.tensors import LazyTensor, open_tensors, require_finite
@@ -22,13 +22,6 @@ from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
 __all__ = ["BaseOrigin", "load_base"]
-
-# For each kind of module: our leaf -> torch's tensor, and whether it is transposed. Both directions read this table.
-_LEAVES: dict[str, dict[str, tuple[str, bool]]] = {
-    "linear": {"kernel": ("weight", True), "bias": ("bias", False)},
-    "embedding": {"embedding": ("weight", False)},
-    "norm": {"scale": ("weight", False)},
-}
 
 
 @dataclass(frozen=True)
@@ -92,18 +85,13 @@ def load_base(
     return BaseModel(module, params, BaseOrigin(str(base), directory, family, config))
 
 
-def abstract_params(module: Decoder) -> dict[str, Any]:
-    """Shapes and dtypes of a module's parameters, without making them."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
-    params: dict[str, Any] = variables["params"]
-    return params
-
-
 def read_params(
     module: Decoder, family: Family, tensors: Mapping[str, LazyTensor], dtype: np.dtype[Any], where: str
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
+    if not any(name.startswith(family.prefix) for name in tensors):
+        # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
+        tensors = {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
     wanted = _sources(module, family)
     _check(wanted, tensors, family, module, where)
     params: dict[TreePath, jax.Array] = {}
@@ -112,8 +100,7 @@ def read_params(
         for source in sources:
             tensor = tensors[source.tensor]
             value = require_finite(tensor.read(), tensor.name, tensor.file)
-            target = buffer if source.member is None else buffer[source.member]
-            target[...] = value.T if source.transposed else value
+            buffer[source.member] = value.T if source.transposed else value
         params[path] = jnp.asarray(buffer)
     return unflatten(params)
 
@@ -123,7 +110,7 @@ class _Source:
     """The torch tensor that fills a leaf, or one member of a stacked leaf."""
 
     tensor: str
-    member: int | None
+    member: tuple[int, ...]
     transposed: bool
 
 
@@ -131,19 +118,15 @@ def _sources(module: Decoder, family: Family) -> dict[TreePath, tuple[tuple[int,
     """For each leaf of the parameters its shape, and the tensors that it comes from."""
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
     wanted: dict[TreePath, tuple[tuple[int, ...], list[_Source]]] = {}
-    for placed in _placed(module, family):
-        for leaf, (suffix, transposed) in _LEAVES[placed.kind].items():
+    for placed in family.modules(module):
+        for leaf, (suffix, transposed) in LEAVES[placed.kind].items():
             path = (*placed.path, leaf)
             if path in shapes:
-                source = _Source(f"{placed.hf}.{suffix}", placed.member, transposed)
+                source = _Source(f"{family.in_file(placed.hf)}.{suffix}", placed.member, transposed)
                 wanted.setdefault(path, (shapes[path], []))[1].append(source)
     unfilled = shapes.keys() - wanted.keys()
     assert not unfilled, f"no row of the family's table fills {unfilled}"
     return wanted
-
-
-def _placed(module: Decoder, family: Family) -> Iterator[Placed]:
-    return family.modules(module.config.num_layers, stacked=module.scan_layers)
 
 
 def _check(
@@ -157,9 +140,10 @@ def _check(
     names = {source.tensor for _, sources in wanted.values() for source in sources}
     missing = sorted(names - tensors.keys())
     unexpected = sorted(name for name in tensors.keys() - names if not name.endswith(family.ignored or ("\0",)))
-    if module.config.tie_word_embeddings and "lm_head.weight" in unexpected:
+    head = f"{family.in_file('lm_head')}.weight"
+    if module.config.tie_word_embeddings and head in unexpected:
         # Some files store the tied table twice. Only the embedding is used, as transformers does.
-        unexpected.remove("lm_head.weight")
+        unexpected.remove(head)
     if missing or unexpected:
         raise FormatError(
             f"{where}: the tensors are not those of a {family.causal_lm} with this config. "
@@ -168,7 +152,7 @@ def _check(
         )
     for shape, sources in wanted.values():
         for source in sources:
-            expected = shape if source.member is None else shape[1:]
+            expected = shape[len(source.member) :]
             expected = expected[::-1] if source.transposed else expected
             tensor = tensors[source.tensor]
             if tensor.shape != expected:

@@ -9,22 +9,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from xlora_jax.layers import ABSENT, AdaptedLayers, Slot
-from xlora_jax.models import DecoderConfig, Rope
+import jax
+import jax.numpy as jnp
 
-__all__ = ["FAMILIES", "Family", "Module", "Placed", "decoder_config", "family_of"]
+from xlora_jax.layers import ABSENT, AdaptedLayers, Slot
+from xlora_jax.models import Decoder, DecoderConfig, Rope, RoutedMLP
+from xlora_jax.trees import flatten
+
+__all__ = [
+    "ADAPTABLE",
+    "FAMILIES",
+    "LEAVES",
+    "Family",
+    "Module",
+    "Placed",
+    "abstract_params",
+    "decoder_config",
+    "family_of",
+]
+
+
+@lru_cache(maxsize=32)
+def abstract_params(module: Decoder) -> Mapping[str, Any]:
+    """Shapes and dtypes of a module's parameters, without making them."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    params: Mapping[str, Any] = variables["params"]
+    return params
 
 
 @dataclass(frozen=True)
 class Module:
     """One row of a family's table: a torch module and the place of its variables.
 
+    A row of which a model has no parameters (a norm that its config leaves out, say) is passed over.
+
     Attributes:
-        hf: name of the torch module; inside a block, relative to it.
+        hf: name of the torch module; inside a block, relative to it. ``*`` counts the experts of a base model's own
+            mixture.
         path: keys of our module, likewise.
-        kind: ``linear`` (``weight [out, in]``, ``bias``), ``embedding`` (``weight [V, D]``), ``norm`` (``weight [D]``).
+        kind: a key of :data:`LEAVES`.
     """
 
     hf: str
@@ -37,6 +64,22 @@ def _rows(kind: str, *names: str) -> tuple[Module, ...]:
     return tuple(Module(name, tuple(name.split(".")), kind) for name in names)
 
 
+# For each kind of module: our leaf -> torch's tensor, and whether it is transposed. Both directions read this table.
+LEAVES: dict[str, dict[str, tuple[str, bool]]] = {
+    "linear": {"kernel": ("weight", True), "bias": ("bias", False)},
+    # transformers' Conv1D (GPT-2): stored [in, out], which PEFT calls fan_in_fan_out.
+    "linear_in_out": {"kernel": ("weight", False), "bias": ("bias", False)},
+    # Not torch modules of their own in transformers 5, so that no adapter can target them.
+    "router": {"kernel": ("weight", True)},
+    "routed": {"kernel": ("weight", True)},
+    "embedding": {"embedding": ("weight", False)},
+    "positions": {"embedding": ("weight", False)},
+    "norm": {"scale": ("weight", False), "bias": ("bias", False)},
+}
+# The kinds that LoRA can adapt, and what an adapter calls them.
+ADAPTABLE = {"linear": "linear", "linear_in_out": "linear", "embedding": "embedding"}
+
+
 @dataclass(frozen=True)
 class Placed:
     """A torch module of one model, and its place.
@@ -44,13 +87,13 @@ class Placed:
     Attributes:
         hf: full torch name, such as ``model.layers.3.mlp.up_proj``.
         path: keys of the module in our variables.
-        member: index on the leading axis where blocks are stacked, else None.
+        member: index on the leading axes where modules are stacked; empty where they are not.
         kind: as in :class:`Module`.
     """
 
     hf: str
     path: tuple[str, ...]
-    member: int | None
+    member: tuple[int, ...]
     kind: str
 
 
@@ -67,6 +110,7 @@ class Family:
         block: modules of one block, in torch's order.
         after: modules behind the blocks.
         ignored: ends of tensor names that old checkpoints carry and no model reads.
+        renamed: pairs of a part of a torch name and what stands for it in files.
     """
 
     model_type: str
@@ -77,30 +121,61 @@ class Family:
     block: tuple[Module, ...]
     after: tuple[Module, ...]
     ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
-    def modules(self, num_layers: int, *, stacked: bool) -> Iterator[Placed]:
-        """All modules in torch's pre-order, which is the order in which PEFT numbers adapted layers."""
+    def modules(self, module: Decoder) -> Iterator[Placed]:
+        """All modules that have parameters, and an output head that borrows its own.
+
+        They come in torch's pre-order, which is the order in which PEFT numbers adapted layers.
+        """
+        config = module.config
+        present = {path[:-1] for path in flatten(abstract_params(module))}
+        if config.tie_word_embeddings:
+            present.add(("lm_head",))
+        count = config.routed.num_experts if config.routed is not None else 0
+
+        def placed(row: Module, hf: str, path: tuple[str, ...], member: tuple[int, ...]) -> Iterator[Placed]:
+            if path not in present:
+                return
+            if "*" in hf:
+                for e in range(count):
+                    yield Placed(hf.replace("*", str(e)), path, (*member, e), row.kind)
+            else:
+                yield Placed(hf, path, member, row.kind)
+
         for row in self.before:
-            yield Placed(row.hf, row.path, None, row.kind)
-        for i in range(num_layers):
-            for row in self.block:
-                path = ("layers", *row.path) if stacked else (f"layers_{i}", *row.path)
-                yield Placed(f"{self.blocks}.{i}.{row.hf}", path, i if stacked else None, row.kind)
+            yield from placed(row, row.hf, row.path, ())
+        for group in config.groups:
+            for i in range(group.start, group.start + group.length):
+                place = ((group.name,), (i - group.start,)) if module.scan_layers else ((f"layers_{i}",), ())
+                for row in self.block:
+                    yield from placed(row, f"{self.blocks}.{i}.{row.hf}", (*place[0], *row.path), place[1])
         for row in self.after:
-            yield Placed(row.hf, row.path, None, row.kind)
+            yield from placed(row, row.hf, row.path, ())
 
-    def adapted_layers(
-        self, num_layers: int, adapted: Collection[str], *, stacked: bool, with_bias: bool
-    ) -> AdaptedLayers:
+    @property
+    def prefix(self) -> str:
+        """First part of the torch names, which files lack that were saved without an output head."""
+        return self.before[0].hf.split(".")[0] + "."
+
+    def in_file(self, hf: str) -> str:
+        """Return the name in files of a torch module."""
+        for part, stored in self.renamed:
+            hf = hf.replace(part, stored)
+        return hf
+
+    def adapted_layers(self, base: Decoder, adapted: Collection[str], *, with_bias: bool) -> AdaptedLayers:
         """Number the modules named in ``adapted`` as PEFT does."""
         names: list[str] = []
         slots: dict[tuple[str, ...], int | list[int]] = {}
-        for module in self.modules(num_layers, stacked=stacked):
+        for module in self.modules(base):
+            if module.kind not in ADAPTABLE:
+                continue
             number = ABSENT
             if module.hf in adapted:
                 number = len(names)
                 names.append(module.hf)
-            if module.member is None:
+            if not module.member:
                 slots[module.path] = number
             else:
                 numbers = slots.setdefault(module.path, [])
@@ -124,6 +199,10 @@ class Fields:
     def take(self, name: str, default: Any = None) -> Any:
         """Return a field and strike it off."""
         return self._left.pop(name, default)
+
+    def peek(self, name: str) -> Any:
+        """Return a field that someone else is to take."""
+        return self._left.get(name)
 
     def nested(self, name: str) -> Fields:
         """Return a field that is itself a mapping."""
@@ -157,7 +236,10 @@ _WITHOUT_EFFECT = frozenset(
         *("return_dict", "output_hidden_states", "output_attentions", "use_cache", "torchscript", "pretraining_tp"),
         *("id2label", "label2id", "problem_type", "num_labels", "initializer_range", "attention_dropout"),
         *("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
-        *("_attn_implementation", "attn_implementation", "unsloth_version", "unsloth_fixed"),
+        *("_attn_implementation", "attn_implementation", "unsloth_version", "unsloth_fixed", "init_std"),
+        *("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "layerdrop", "residual_dropout"),
+        *("embedding_dropout", "classifier_dropout", "router_aux_loss_coef", "output_router_logits"),
+        *("router_jitter_noise",),
     )
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -168,15 +250,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "quantization_config": (None,),
     "pruned_heads": ({}, None),
+    "use_bidirectional_attention": (False, None),
 }
 
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
+    "relu2": "relu_squared",
+    "tanh": "tanh",
 }
 
 
@@ -200,12 +288,18 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> Dec
     return declared
 
 
-def _rope(fields: Fields, head_dim: int, max_positions: int) -> Rope:
-    """Read ``rope_parameters``, as ``transformers.modeling_rope_utils`` does."""
-    rope = fields.nested("rope_parameters")
+def _rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool = False) -> Rope:
+    """Read ``rope_parameters``, as ``transformers.modeling_rope_utils`` does.
+
+    Args:
+        rope: its fields.
+        head_dim: C.
+        max_positions: ``max_position_embeddings``.
+        partial: whether the family's attention can rotate a part of each head.
+    """
     kind, theta = rope.take("rope_type", "default"), rope.take("rope_theta")
     rope.take("type")  # the old name of rope_type, which transformers has read already
-    dim = head_dim
+    dim = int(head_dim * rope.take("partial_rotary_factor", 1.0)) if partial else head_dim
     read: dict[str, Any] = {}
     if kind == "linear":
         read = {"factor": rope.take("factor")}
@@ -255,44 +349,19 @@ def _yarn_scale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _read_llama(fields: Fields) -> DecoderConfig:
-    """Read what llama, mistral and qwen2 share, and each one's own fields."""
-    heads = fields.take("num_attention_heads")
-    hidden = fields.take("hidden_size")
-    head_dim = fields.take("head_dim") or hidden // heads
-    layers = fields.take("num_hidden_layers")
-    activation = fields.take("hidden_act")
-    if activation not in _ACTIVATIONS:
-        raise fields.error("hidden_act", activation, f"one of {', '.join(_ACTIVATIONS)}")
-    return DecoderConfig(
-        vocab_size=fields.take("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=fields.take("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=fields.take("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        rope=_rope(fields, head_dim, fields.take("max_position_embeddings")),
-        activation=_ACTIVATIONS[activation],
-        norm_eps=fields.take("rms_norm_eps"),
-        tie_word_embeddings=fields.take("tie_word_embeddings"),
-        **_biases(fields),
-        **_windows(fields, layers),
-    )
-
-
-def _biases(fields: Fields) -> dict[str, bool]:
-    if fields.take("model_type") == "qwen2":
-        return {"qkv_bias": True}
-    attention = fields.take("attention_bias", False)
-    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": fields.take("mlp_bias", False)}
+def _activation(fields: Fields, name: str = "hidden_act") -> str:
+    value = fields.take(name)
+    if value not in _ACTIVATIONS:
+        raise fields.error(name, value, f"one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
 
 
 def _windows(fields: Fields, layers: int) -> dict[str, Any]:
+    """Which blocks see a window only."""
     window = fields.take("sliding_window")
-    # transformers has resolved these two into `layer_types` and `sliding_window`.
-    fields.take("use_sliding_window")
-    fields.take("max_window_layers")
+    # transformers has resolved these into `layer_types` and `sliding_window`.
+    for name in ("use_sliding_window", "max_window_layers", "_sliding_window_pattern", "sliding_window_pattern"):
+        fields.take(name)
     kinds = fields.take("layer_types")
     if kinds is None:
         kinds = ["full_attention" if window is None else "sliding_attention"] * layers
@@ -302,29 +371,410 @@ def _windows(fields: Fields, layers: int) -> dict[str, Any]:
     return {"window": window, "sliding": sliding} if any(sliding) else {}
 
 
-def _llama_like(model_type: str, causal_lm: str) -> Family:
+def _attention_bias(fields: Fields) -> dict[str, Any]:
+    bias = fields.take("attention_bias", False)
+    return {"qkv_bias": bias, "o_bias": bias}
+
+
+def _llama(
+    fields: Fields,
+    *,
+    activation: str = "hidden_act",
+    eps: str = "rms_norm_eps",
+    partial: bool = False,
+    **declared: Any,
+) -> DecoderConfig:
+    """Read the fields that most families share, under the names that most give them, and declare the rest."""
+    heads, hidden = fields.take("num_attention_heads"), fields.take("hidden_size")
+    layers = fields.take("num_hidden_layers")
+    head_dim = fields.take("head_dim") or hidden // heads
+    if "rope" not in declared:
+        rope, positions = fields.nested("rope_parameters"), fields.take("max_position_embeddings")
+        declared["rope"] = _rope(rope, head_dim, positions, partial=partial)
+    return DecoderConfig(
+        vocab_size=fields.take("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.take("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=fields.take("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        activation=_activation(fields, activation),
+        norm_eps=fields.take(eps),
+        tie_word_embeddings=fields.take("tie_word_embeddings"),
+        **declared,
+        **_windows(fields, layers),
+    )
+
+
+def _read_llama(fields: Fields) -> DecoderConfig:
+    return _llama(fields, **_attention_bias(fields), mlp_bias=fields.take("mlp_bias", False))
+
+
+def _read_mistral(fields: Fields) -> DecoderConfig:
+    return _llama(fields)
+
+
+def _read_qwen2(fields: Fields) -> DecoderConfig:
+    return _llama(fields, qkv_bias=True)
+
+
+def _read_qwen3(fields: Fields) -> DecoderConfig:
+    return _llama(fields, qk_norm="head", **_attention_bias(fields))
+
+
+def _read_phi3(fields: Fields) -> DecoderConfig:
+    # transformers has copied it into `rope_parameters` where it counts.
+    fields.take("original_max_position_embeddings")
+    return _llama(fields, partial=True, qkv="fused", mlp="fused_gated")
+
+
+def _read_gemma(fields: Fields) -> DecoderConfig:
+    # An older name, which transformers 5 does not read.
+    fields.take("hidden_activation")
+    return _llama(fields, norm="rms_offset", embed_scale=_embed_scale(fields), **_attention_bias(fields))
+
+
+def _read_gemma2(fields: Fields) -> DecoderConfig:
+    return _llama(fields, **_gemma2(fields))
+
+
+def _read_gemma3(fields: Fields) -> DecoderConfig:
+    declared = _gemma2(fields)
+    heads, hidden = fields.peek("num_attention_heads"), fields.peek("hidden_size")
+    head_dim, positions = fields.peek("head_dim") or hidden // heads, fields.take("max_position_embeddings")
+    rope = fields.nested("rope_parameters")
+    declared["rope"] = _rope(rope.nested("full_attention"), head_dim, positions)
+    declared["sliding_rope"] = _rope(rope.nested("sliding_attention"), head_dim, positions)
+    rope.finish({})
+    return _llama(fields, qk_norm="head", **declared)
+
+
+def _embed_scale(fields: Fields) -> float:
+    return float(fields.peek("hidden_size") ** 0.5)
+
+
+def _gemma2(fields: Fields) -> dict[str, Any]:
+    """What Gemma 2 and 3 share."""
+    return {
+        "activation": "hidden_activation",
+        "norm": "rms_offset",
+        "norm_placement": "around",
+        "embed_scale": _embed_scale(fields),
+        "attention_scale": fields.take("query_pre_attn_scalar") ** -0.5,
+        "attention_softcap": fields.take("attn_logit_softcapping"),
+        "logit_softcap": fields.take("final_logit_softcapping"),
+        **_attention_bias(fields),
+    }
+
+
+def _read_granite(fields: Fields) -> DecoderConfig:
+    return _llama(
+        fields,
+        input_multiplier=fields.take("embedding_multiplier"),
+        attention_scale=fields.take("attention_multiplier"),
+        residual_multiplier=fields.take("residual_multiplier"),
+        logit_divisor=fields.take("logits_scaling"),
+        mlp_bias=fields.take("mlp_bias", False),
+        **_attention_bias(fields),
+    )
+
+
+def _read_olmo2(fields: Fields) -> DecoderConfig:
+    return _llama(fields, norm="rms_float32", norm_placement="after", qk_norm="whole", **_attention_bias(fields))
+
+
+def _read_smollm3(fields: Fields) -> DecoderConfig:
+    fields.take("no_rope_layer_interval")  # transformers has resolved it into `no_rope_layers`
+    without = tuple(not rotates for rotates in fields.take("no_rope_layers"))
+    return _llama(fields, no_rope=without, mlp_bias=fields.take("mlp_bias", False), **_attention_bias(fields))
+
+
+def _read_starcoder2(fields: Fields) -> DecoderConfig:
+    bias = fields.take("use_bias")
+    return _llama(fields, eps="norm_epsilon", norm="layer", mlp="plain", qkv_bias=bias, o_bias=bias, mlp_bias=bias)
+
+
+def _read_phi(fields: Fields) -> DecoderConfig:
+    return _llama(
+        fields,
+        eps="layer_norm_eps",
+        partial=True,
+        norm="layer",
+        mlp="plain",
+        parallel="shared",
+        qk_norm="head" if fields.take("qk_layernorm") else None,
+        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
+    )
+
+
+def _read_gpt_neox(fields: Fields) -> DecoderConfig:
+    return _llama(
+        fields,
+        eps="layer_norm_eps",
+        partial=True,
+        norm="layer",
+        qkv="interleaved",
+        mlp="plain",
+        mlp_bias=True,
+        parallel="own" if fields.take("use_parallel_residual") else None,
+        **_attention_bias(fields),
+    )
+
+
+def _read_gpt2(fields: Fields) -> DecoderConfig:
+    hidden, heads = fields.take("n_embd"), fields.take("n_head")
+    # Upcasting the attention changes nothing: ours always takes its softmax in float32. The others are of other heads.
+    for name in ("reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation"):
+        fields.take(name)
+    for name in ("summary_proj_to_labels", "summary_first_dropout", "n_ctx", "task_specific_params"):
+        fields.take(name)
+    return DecoderConfig(
+        vocab_size=fields.take("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.take("n_inner") or 4 * hidden,
+        num_layers=fields.take("n_layer"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        rope=None,
+        learned_positions=fields.take("n_positions"),
+        qkv="fused",
+        attention_scale=None if fields.take("scale_attn_weights") else 1.0,
+        attention_scale_by_depth=fields.take("scale_attn_by_inverse_layer_idx"),
+        mlp="plain",
+        activation=_activation(fields, "activation_function"),
+        norm="layer",
+        norm_eps=fields.take("layer_norm_epsilon"),
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=fields.take("tie_word_embeddings"),
+    )
+
+
+def _read_opt(fields: Fields) -> DecoderConfig:
+    hidden, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
+    embed, bias, before = (fields.take(n) for n in ("word_embed_proj_dim", "enable_bias", "do_layer_norm_before"))
+    return DecoderConfig(
+        vocab_size=fields.take("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.take("ffn_dim"),
+        num_layers=fields.take("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        rope=None,
+        learned_positions=fields.take("max_position_embeddings") + 2,
+        position_offset=2,
+        positions_from_mask=True,
+        mlp="plain",
+        activation=_activation(fields, "activation_function"),
+        norm="layer" if fields.take("layer_norm_elementwise_affine") else "layer_plain",
+        norm_eps=1e-5,
+        norm_placement="before" if before else "sum",
+        final_norm=not fields.take("_remove_final_layer_norm") and before,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=fields.take("tie_word_embeddings"),
+        embed_size=None if embed == hidden else embed,
+    )
+
+
+def _read_mixtral(fields: Fields) -> DecoderConfig:
+    width = fields.peek("intermediate_size")
+    return _llama(fields, routed=RoutedMLP(fields.take("num_local_experts"), fields.take("num_experts_per_tok"), width))
+
+
+def _read_qwen3_moe(fields: Fields) -> DecoderConfig:
+    experts = fields.take("num_local_experts")
+    routed = RoutedMLP(
+        experts, fields.take("num_experts_per_tok"), fields.take("moe_intermediate_size"), fields.take("norm_topk_prob")
+    )
+    dense, step = fields.take("mlp_only_layers"), fields.take("decoder_sparse_step")
+    layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(fields.peek("num_hidden_layers")))
+    return _llama(fields, qk_norm="head", routed=routed, routed_layers=layers, **_attention_bias(fields))
+
+
+_EMBED = Module("model.embed_tokens", ("embed_tokens",), "embedding")
+_NORM = Module("model.norm", ("norm",), "norm")
+_LM_HEAD = Module("lm_head", ("lm_head",), "linear")
+_ATTENTION = _rows("linear", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_QK_NORMS = _rows("norm", "self_attn.q_norm", "self_attn.k_norm")
+_MLP = _rows("linear", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_NORMS = (
+    Module("input_layernorm", ("pre_attention_norm",), "norm"),
+    Module("post_attention_layernorm", ("pre_mlp_norm",), "norm"),
+)
+_NORMS_AROUND = (
+    Module("input_layernorm", ("pre_attention_norm",), "norm"),
+    Module("post_attention_layernorm", ("post_attention_norm",), "norm"),
+    Module("pre_feedforward_layernorm", ("pre_mlp_norm",), "norm"),
+    Module("post_feedforward_layernorm", ("post_mlp_norm",), "norm"),
+)
+
+
+def _linears(kind: str = "linear", **paths: str) -> tuple[Module, ...]:
+    """Rows of projections: torch name (``__`` for a dot) to our path."""
+    return tuple(Module(hf.replace("__", "."), tuple(path.split(".")), kind) for hf, path in paths.items())
+
+
+def _named_as_llama(
+    model_type: str,
+    causal_lm: str,
+    read: Callable[[Fields], DecoderConfig],
+    block: tuple[Module, ...] = (*_ATTENTION, *_MLP, *_NORMS),
+    norm: Module = _NORM,
+) -> Family:
     return Family(
         model_type=model_type,
         causal_lm=causal_lm,
-        read=_read_llama,
-        before=(Module("model.embed_tokens", ("embed_tokens",), "embedding"),),
+        read=read,
+        before=(_EMBED,),
         blocks="model.layers",
-        block=(
-            *_rows("linear", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-            *_rows("linear", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-            *_rows("norm", "input_layernorm", "post_attention_layernorm"),
-        ),
-        after=(Module("model.norm", ("norm",), "norm"), Module("lm_head", ("lm_head",), "linear")),
+        block=block,
+        after=(norm, _LM_HEAD),
         ignored=(".rotary_emb.inv_freq",),
     )
 
 
+def _routed(block: str, router: str, gate: str, up: str, down: str) -> tuple[Module, ...]:
+    """Rows of a mixture of experts, under the names that they have in files."""
+    experts = {gate: "gate_proj", up: "up_proj", down: "down_proj"}
+    return (
+        Module(f"{block}.{router}", ("mlp", "router"), "router"),
+        *(Module(f"{block}.experts.*.{hf}", ("mlp", "experts", ours), "routed") for hf, ours in experts.items()),
+    )
+
+
+_PHI3 = _linears(
+    self_attn__o_proj="self_attn.o_proj",
+    self_attn__qkv_proj="self_attn.qkv_proj",
+    mlp__gate_up_proj="mlp.gate_up_proj",
+    mlp__down_proj="mlp.down_proj",
+)
+_STARCODER2_MLP = _linears(mlp__c_fc="mlp.up_proj", mlp__c_proj="mlp.down_proj")
+_PHI = (
+    *_ATTENTION[:3],
+    *_linears(self_attn__dense="self_attn.o_proj"),
+    Module("self_attn.q_layernorm", ("self_attn", "q_norm"), "norm"),
+    Module("self_attn.k_layernorm", ("self_attn", "k_norm"), "norm"),
+    *_linears(mlp__fc1="mlp.up_proj", mlp__fc2="mlp.down_proj"),
+    _NORMS[0],
+)
+_GPT_NEOX = Family(
+    model_type="gpt_neox",
+    causal_lm="GPTNeoXForCausalLM",
+    read=_read_gpt_neox,
+    before=(Module("gpt_neox.embed_in", ("embed_tokens",), "embedding"),),
+    blocks="gpt_neox.layers",
+    block=(
+        *_NORMS,
+        *_linears(
+            attention__query_key_value="self_attn.qkv_proj",
+            attention__dense="self_attn.o_proj",
+            mlp__dense_h_to_4h="mlp.up_proj",
+            mlp__dense_4h_to_h="mlp.down_proj",
+        ),
+    ),
+    after=(Module("gpt_neox.final_layer_norm", ("norm",), "norm"), _LM_HEAD),
+    ignored=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    renamed=(("lm_head", "embed_out"),),
+)
+_GPT2 = Family(
+    model_type="gpt2",
+    causal_lm="GPT2LMHeadModel",
+    read=_read_gpt2,
+    before=(
+        Module("transformer.wte", ("embed_tokens",), "embedding"),
+        Module("transformer.wpe", ("embed_positions",), "positions"),
+    ),
+    blocks="transformer.h",
+    block=(
+        Module("ln_1", ("pre_attention_norm",), "norm"),
+        *_linears("linear_in_out", attn__c_attn="self_attn.qkv_proj", attn__c_proj="self_attn.o_proj"),
+        Module("ln_2", ("pre_mlp_norm",), "norm"),
+        *_linears("linear_in_out", mlp__c_fc="mlp.up_proj", mlp__c_proj="mlp.down_proj"),
+    ),
+    after=(Module("transformer.ln_f", ("norm",), "norm"), _LM_HEAD),
+    ignored=(".attn.bias", ".attn.masked_bias"),
+)
+_OPT = Family(
+    model_type="opt",
+    causal_lm="OPTForCausalLM",
+    read=_read_opt,
+    before=(
+        Module("model.decoder.embed_tokens", ("embed_tokens",), "embedding"),
+        Module("model.decoder.embed_positions", ("embed_positions",), "positions"),
+        Module("model.decoder.project_out", ("project_out",), "linear"),
+        Module("model.decoder.project_in", ("project_in",), "linear"),
+        Module("model.decoder.final_layer_norm", ("norm",), "norm"),
+    ),
+    blocks="model.decoder.layers",
+    block=(
+        *_linears(
+            self_attn__k_proj="self_attn.k_proj",
+            self_attn__v_proj="self_attn.v_proj",
+            self_attn__q_proj="self_attn.q_proj",
+            self_attn__out_proj="self_attn.o_proj",
+            fc1="mlp.up_proj",
+            fc2="mlp.down_proj",
+        ),
+        # Which of the two it is depends on `do_layer_norm_before`; only one of them has parameters.
+        Module("self_attn_layer_norm", ("pre_attention_norm",), "norm"),
+        Module("self_attn_layer_norm", ("post_attention_norm",), "norm"),
+        Module("final_layer_norm", ("pre_mlp_norm",), "norm"),
+        Module("final_layer_norm", ("post_mlp_norm",), "norm"),
+    ),
+    after=(_LM_HEAD,),
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        _llama_like("llama", "LlamaForCausalLM"),
-        _llama_like("mistral", "MistralForCausalLM"),
-        _llama_like("qwen2", "Qwen2ForCausalLM"),
+        _named_as_llama("llama", "LlamaForCausalLM", _read_llama),
+        _named_as_llama("mistral", "MistralForCausalLM", _read_mistral),
+        _named_as_llama("ministral", "MinistralForCausalLM", _read_mistral),
+        _named_as_llama(
+            "mixtral",
+            "MixtralForCausalLM",
+            _read_mixtral,
+            (*_ATTENTION, *_routed("block_sparse_moe", "gate", "w1", "w3", "w2"), *_NORMS),
+        ),
+        _named_as_llama("qwen2", "Qwen2ForCausalLM", _read_qwen2),
+        _named_as_llama("qwen3", "Qwen3ForCausalLM", _read_qwen3, (*_ATTENTION, *_QK_NORMS, *_MLP, *_NORMS)),
+        _named_as_llama(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            _read_qwen3_moe,
+            (
+                *_ATTENTION,
+                *_QK_NORMS,
+                *_MLP,
+                *_routed("mlp", "gate", "gate_proj", "up_proj", "down_proj"),
+                *_NORMS,
+            ),
+        ),
+        _named_as_llama("phi3", "Phi3ForCausalLM", _read_phi3, (*_PHI3, *_NORMS)),
+        _named_as_llama("phi", "PhiForCausalLM", _read_phi, _PHI, Module("model.final_layernorm", ("norm",), "norm")),
+        _named_as_llama("gemma", "GemmaForCausalLM", _read_gemma),
+        _named_as_llama("gemma2", "Gemma2ForCausalLM", _read_gemma2, (*_ATTENTION, *_MLP, *_NORMS_AROUND)),
+        _named_as_llama(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            _read_gemma3,
+            (*_ATTENTION, *_QK_NORMS, *_MLP, *_NORMS_AROUND),
+        ),
+        _named_as_llama("granite", "GraniteForCausalLM", _read_granite),
+        _named_as_llama("olmo2", "Olmo2ForCausalLM", _read_olmo2, (*_ATTENTION, *_QK_NORMS, *_MLP, *_NORMS_AROUND)),
+        _named_as_llama("smollm3", "SmolLM3ForCausalLM", _read_smollm3),
+        _named_as_llama(
+            "starcoder2", "Starcoder2ForCausalLM", _read_starcoder2, (*_ATTENTION, *_STARCODER2_MLP, *_NORMS)
+        ),
+        _GPT_NEOX,
+        _GPT2,
+        _OPT,
     )
 }
 

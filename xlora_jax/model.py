@@ -217,7 +217,7 @@ class XLoraModel:
 
     def _spans(self, length: int, new: int) -> Iterator[int]:
         """Split ``new`` tokens where rotary frequencies change: there, what is cached is no longer true."""
-        switch = self.module.config.rope.switches_at
+        switch = self.module.config.rope_switches_at
         # The token at position `switch` is the first whose pass has the other frequencies; it is generated before.
         if switch is not None and length <= switch < length + new - 1:
             yield switch + 1 - length

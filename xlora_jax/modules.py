@@ -201,15 +201,24 @@ class XLoraTiedHead(nn.Module):
     """Output head that borrows the embedding table as its kernel and mixes the experts found at its own path.
 
     Attributes:
+        use_bias: whether it has a bias of its own.
         dtype: of the computation; None takes that of inputs and table.
+        param_dtype: of the bias at initialisation.
     """
 
+    use_bias: bool = False
     dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
 
+    @nn.compact
     def __call__(self, inputs: jax.Array, embedding: jax.Array) -> jax.Array:
         """Return logits ``[..., V]`` for ``inputs [..., D]`` and the table ``embedding [V, D]``."""
         x, table = promote_dtype(inputs, embedding, dtype=self.dtype)
-        return add_experts(self, jnp.matmul(x, table.T), _project_dense(self, inputs))
+        logits = jnp.matmul(x, table.T)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (table.shape[0],), self.param_dtype)
+            logits = logits + bias.astype(logits.dtype)
+        return add_experts(self, logits, _project_dense(self, inputs))
 
 
 class XLoraEmbed(nn.Embed):

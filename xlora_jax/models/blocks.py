@@ -1,0 +1,306 @@
+"""The blocks of transformers: norm, attention, feed-forward layer, put together as a declaration says.
+
+Axes, used in every comment, docstring and einsum:
+
+    B batch   T tokens of this call   S slots of the cache, or T   D width   F feed-forward width
+    H query heads   K key-value heads   C features per head   V vocabulary   L blocks   E routed experts of the base
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax import lax
+
+from xlora_jax.models.cache import KVCache
+from xlora_jax.models.declaration import ACTIVATIONS, NORMS, DecoderConfig
+from xlora_jax.models.rope import apply_rope
+from xlora_jax.modules import XLoraDense
+
+__all__ = ["MLP", "Attention", "Block", "BlockContext", "LayerFlags", "Norm", "RoutedBlock", "attend"]
+
+
+@struct.dataclass
+class BlockContext:
+    """What all blocks of one call share: rotary cosine and sine, which slots each query sees, where to write."""
+
+    rotary: tuple[jax.Array, jax.Array] | None
+    sliding_rotary: tuple[jax.Array, jax.Array] | None
+    mask: jax.Array | None  # bool [B or 1, 1, T, S]; None: causal
+    sliding_mask: jax.Array | None
+    start: jax.Array | None
+
+
+@struct.dataclass
+class LayerFlags:
+    """What is of one block alone. Under scan these are traced: blocks of all kinds are one compiled body."""
+
+    index: Any
+    sliding: Any
+    no_rope: Any
+
+
+class Norm(nn.Module):
+    """Norm over the last axis, computed in float32.
+
+    Attributes:
+        kind: a key of :data:`NORMS`.
+        eps: added to the mean square or the variance.
+        dtype: of the result.
+        param_dtype: of the parameters at initialisation.
+    """
+
+    kind: str
+    eps: float
+    dtype: jax.typing.DTypeLike
+    param_dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise ``x [..., D]`` over its last axis."""
+        kind = NORMS[self.kind]
+        y = x.astype(jnp.float32)
+        if kind.centred:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if kind.scaled:
+            shape = (x.shape[-1],)
+            init = nn.initializers.zeros_init() if kind.offset else nn.initializers.ones_init()
+            scale = self.param("scale", init, shape, self.param_dtype)
+            if kind.rounds_first:
+                return y.astype(self.dtype) * scale.astype(self.dtype)
+            y = y * (kind.offset + scale.astype(jnp.float32))
+            if kind.centred:
+                bias = self.param("bias", nn.initializers.zeros_init(), shape, self.param_dtype)
+                y = y + bias.astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, scale: float, softcap: float | None
+) -> jax.Array:
+    """Softmax attention.
+
+    Args:
+        q: ``[B, T, H, C]``.
+        k: ``[B, S, K, C]``.
+        v: ``[B, S, K, C]``.
+        mask: bool ``[B or 1, 1, T, S]``, or None for causal.
+        scale: multiplies queries times keys.
+        softcap: c in ``c tanh(. / c)`` of the scaled products, or None.
+
+    Returns:
+        ``[B, T, H, C]``.
+    """
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale)
+    batch, length, heads, width = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, width)
+    logits = jnp.einsum("btkgc,bskc->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    logits = softcap * jnp.tanh(logits / softcap)
+    if mask is None:
+        mask = (jnp.arange(k.shape[1]) <= jnp.arange(length)[:, None])[None, None]
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(batch, length, heads, width)
+
+
+class _Part(nn.Module):
+    """What the parts of a block have in common."""
+
+    config: DecoderConfig
+    dtype: jax.typing.DTypeLike
+    param_dtype: jax.typing.DTypeLike
+
+    def dense(self, features: int, name: str, bias: bool) -> XLoraDense:
+        """Make a projection."""
+        return XLoraDense(features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+    def norm(self, name: str) -> Norm:
+        """Make a norm."""
+        return Norm(self.config.norm, self.config.norm_eps, self.dtype, self.param_dtype, name=name)
+
+
+class Attention(_Part):
+    """Causal attention with grouped-query heads (arXiv 2305.13245)."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cache: KVCache | None, context: BlockContext, layer: LayerFlags
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attend from ``x [B, T, D]`` to itself, or to the cache that it is written to first."""
+        cfg = self.config
+        q, k, v = self._heads(x)
+        if cfg.rope is not None:
+            assert context.rotary is not None
+            cos, sin = context.rotary
+            if context.sliding_rotary is not None:
+                cos = jnp.where(layer.sliding, context.sliding_rotary[0], cos)
+                sin = jnp.where(layer.sliding, context.sliding_rotary[1], sin)
+            if any(cfg.no_rope):
+                cos, sin = jnp.where(layer.no_rope, 1, cos), jnp.where(layer.no_rope, 0, sin)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            assert context.start is not None
+            cache, k, v = cache.update(layer.index, k, v, context.start)
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
+        mask = context.mask
+        if context.sliding_mask is not None:
+            mask = context.sliding_mask if mask is None else jnp.where(layer.sliding, context.sliding_mask, mask)
+        scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+        if cfg.attention_scale_by_depth:
+            q = (q / (layer.index + 1)).astype(q.dtype)
+        y = attend(q, k, v, mask, scale, cfg.attention_softcap)
+        if mask is not None and cache is None:
+            # Padding can leave a query nothing to attend to. Its result is zero then, as torch's SDPA has it.
+            y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, jnp.zeros_like(y))
+        y = y.reshape(*y.shape[:-2], -1)
+        return self.dense(cfg.hidden_size, "o_proj", cfg.o_bias)(y), cache
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries ``[B, T, H, C]``, keys and values ``[B, T, K, C]``, normed but not rotated."""
+        cfg = self.config
+        counts = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+        if cfg.qkv == "separate":
+            names = ("q_proj", "k_proj", "v_proj")
+            parts = [
+                self.dense(count * cfg.head_dim, name, cfg.qkv_bias)(x)
+                for name, count in zip(names, counts, strict=True)
+            ]
+        else:
+            fused = self.dense(sum(counts) * cfg.head_dim, "qkv_proj", cfg.qkv_bias)(x)
+            if cfg.qkv == "interleaved":
+                by_head = fused.reshape(*x.shape[:-1], cfg.num_heads, 3, cfg.head_dim)
+                parts = [by_head[..., i, :].reshape(*x.shape[:-1], -1) for i in range(3)]
+            else:
+                ends = np.cumsum(counts)[:-1] * cfg.head_dim
+                parts = jnp.split(fused, ends.tolist(), axis=-1)
+        if cfg.qk_norm == "whole":
+            parts[:2] = self.norm("q_norm")(parts[0]), self.norm("k_norm")(parts[1])
+        q, k, v = (part.reshape(*x.shape[:-1], count, cfg.head_dim) for part, count in zip(parts, counts, strict=True))
+        if cfg.qk_norm == "head":
+            q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
+        return q, k, v
+
+
+class MLP(_Part):
+    """Feed-forward layer, ``down(act(up(x)))``, or gated (arXiv 2002.05202), ``down(act(gate(x)) * up(x))``."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``x [B, T, D]`` to the same shape."""
+        cfg = self.config
+        act, width, bias = ACTIVATIONS[cfg.activation], cfg.intermediate_size, cfg.mlp_bias
+        if cfg.mlp == "gated":
+            y = act(self.dense(width, "gate_proj", bias)(x)) * self.dense(width, "up_proj", bias)(x)
+        elif cfg.mlp == "fused_gated":
+            gate, up = jnp.split(self.dense(2 * width, "gate_up_proj", bias)(x), 2, axis=-1)
+            y = act(gate) * up
+        else:
+            y = act(self.dense(width, "up_proj", bias)(x))
+        return self.dense(cfg.hidden_size, "down_proj", bias)(y)
+
+
+class _StackedDense(nn.Module):
+    """E matrices side by side: each row of the input goes through one of them."""
+
+    num_experts: int
+    features: int
+    dtype: jax.typing.DTypeLike
+    param_dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Map ``rows [M, in]``, sorted by expert, to ``[M, features]``; ``sizes [E]`` is how many each expert has."""
+        init = nn.initializers.lecun_normal(batch_axis=0)
+        shape = (self.num_experts, rows.shape[-1], self.features)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
+        return lax.ragged_dot(rows, kernel.astype(self.dtype), sizes)
+
+
+class _RoutedExperts(_Part):
+    """The gated feed-forward layers that a router picks from."""
+
+    @nn.compact
+    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Map ``rows [M, D]``, sorted by expert, to the same shape."""
+        routed = self.config.routed
+        assert routed is not None
+
+        def stacked(features: int, name: str) -> _StackedDense:
+            return _StackedDense(routed.num_experts, features, self.dtype, self.param_dtype, name=name)
+
+        gate = ACTIVATIONS[self.config.activation](stacked(routed.intermediate_size, "gate_proj")(rows, sizes))
+        up = stacked(routed.intermediate_size, "up_proj")(rows, sizes)
+        return stacked(self.config.hidden_size, "down_proj")(gate * up, sizes)
+
+
+class RoutedBlock(_Part):
+    """Mixture of experts of the base model (arXiv 2101.03961): a router sends each token through ``top_k`` of E.
+
+    These experts are part of the frozen base, and no LoRA acts on them or on the router: PEFT cannot target them.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map ``x [B, T, D]`` to the same shape."""
+        routed = self.config.routed
+        assert routed is not None
+        rows = x.reshape(-1, x.shape[-1])
+        logits = nn.Dense(
+            routed.num_experts, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="router"
+        )(rows)
+        weights, chosen = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), routed.top_k)
+        if routed.renormalise:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        # Each token stands top_k times, and copies are sorted so that an expert's rows lie together.
+        order = jnp.argsort(chosen.reshape(-1))
+        token = order // routed.top_k
+        sizes = jnp.bincount(chosen.reshape(-1), length=routed.num_experts)
+        y = _RoutedExperts(self.config, self.dtype, self.param_dtype, name="experts")(rows[token], sizes)
+        y = y * weights.reshape(-1)[order][:, None].astype(y.dtype)
+        return jnp.zeros_like(rows).at[token].add(y).reshape(x.shape)
+
+
+class Block(_Part):
+    """Attention and MLP, each added to the residual stream.
+
+    Attributes:
+        routed: whether a mixture of experts stands in place of the MLP.
+    """
+
+    routed: bool = False
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, KVCache | None], context: BlockContext, layer: LayerFlags
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        """Map the residual stream ``[B, T, D]`` and the cache; the form is that of ``nn.scan``."""
+        cfg = self.config
+        x, cache = carry
+        part = (cfg, self.dtype, self.param_dtype)
+        attention = Attention(*part, name="self_attn")
+        mlp = (RoutedBlock if self.routed else MLP)(*part, name="mlp")
+        before, after, on_sum = (
+            cfg.norm_placement in places for places in (("before", "around"), ("after", "around"), ("sum",))
+        )
+
+        def add(x: jax.Array, y: jax.Array) -> jax.Array:
+            return x + y if cfg.residual_multiplier == 1 else x + y * cfg.residual_multiplier
+
+        normed = self.norm("pre_attention_norm")(x) if before else x
+        y, cache = attention(normed, cache, context, layer)
+        if cfg.parallel is not None:
+            x = add(x, y + mlp(normed if cfg.parallel == "shared" else self.norm("pre_mlp_norm")(x)))
+            return (x, cache), None
+        x = add(x, self.norm("post_attention_norm")(y) if after else y)
+        x = self.norm("post_attention_norm")(x) if on_sum else x
+        y = mlp(self.norm("pre_mlp_norm")(x) if before else x)
+        x = add(x, self.norm("post_mlp_norm")(y) if after else y)
+        x = self.norm("post_mlp_norm")(x) if on_sum else x
+        return (x, cache), None
