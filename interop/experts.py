@@ -14,17 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.base import BaseOrigin, abstract_params
+from interop.base import BaseOrigin
 from interop.errors import FormatError
-from interop.families import Placed
-from interop.lora import Kind, LoraAdapter, LoraLayer, renamed
+from interop.families import ADAPTABLE, LEAVES, Placed, abstract_params
+from interop.lora import LoraAdapter, LoraLayer, renamed
 from xlora_jax import BaseModel
 from xlora_jax.layers import ABSENT, AdaptedLayers
 from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["fit_adapters", "stack_experts", "unstack_experts"]
 
-_ADAPTABLE: tuple[Kind, ...] = ("linear", "embedding", "conv")
 _KERNELS = ("kernel", "embedding")
 
 
@@ -45,11 +44,7 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
     origin: BaseOrigin = base.origin
     module = base.module
     shapes = _layer_shapes(base)
-    places = {
-        placed.hf: placed
-        for placed in origin.family.modules(module.config.num_layers, stacked=module.scan_layers)
-        if placed.kind in _ADAPTABLE
-    }
+    places = {placed.hf: placed for placed in origin.family.modules(module) if placed.kind in ADAPTABLE}
     fitted = tuple(renamed(adapter, places) for adapter in adapters)
     for adapter in fitted:
         for name, layer in adapter.layers.items():
@@ -84,9 +79,7 @@ def stack_experts(
     if not pieces:
         raise FormatError(f"the adapters {', '.join(a.name for a in adapters)} adapt no layer at all")
     with_bias = any(piece.layer.bias is not None for found in pieces.values() for piece in found)
-    layers = origin.family.adapted_layers(
-        module.config.num_layers, pieces.keys(), stacked=module.scan_layers, with_bias=with_bias
-    )
+    layers = origin.family.adapted_layers(module, pieces.keys(), with_bias=with_bias)
     flat: dict[Path, jax.Array] = {}
     for slot in layers.slots:
         numbers = (slot.numbers,) if isinstance(slot.numbers, int) else slot.numbers
@@ -153,10 +146,11 @@ def _check_layer(
 ) -> None:
     got = (*layer.a.shape[:-1], layer.b.shape[-1])
     where = f"adapter {adapter.name!r} ({adapter.path})"
-    if (layer.kind, got) != (place.kind, shape):
+    kind = ADAPTABLE[place.kind]
+    if (layer.kind, got) != (kind, shape):
         raise FormatError(
             f"{where} is of another base than {base.origin.name_or_path}: its {place.hf} is for a {layer.kind} module "
-            f"of shape {list(got)}, the base has a {place.kind} module of shape {list(shape)} there. It was trained on "
+            f"of shape {list(got)}, the base has a {kind} module of shape {list(shape)} there. It was trained on "
             f"{adapter.base_model_name_or_path!r}: use that base, or leave the adapter out."
         )
     if layer.base_weight is None:
@@ -181,8 +175,10 @@ def _weight(base: BaseModel, place: Placed) -> NDArray[Any]:
     if own is None:
         kernel = leaves.get((*place.path, "kernel"))
         # A tied head borrows the embedding table.
-        own = leaves[("embed_tokens", "embedding")] if kernel is None else jnp.swapaxes(kernel, -1, -2)
-    return np.asarray(own if place.member is None else own[place.member])
+        own = leaves[("embed_tokens", "embedding")] if kernel is None else kernel
+        if kernel is not None and LEAVES[place.kind]["kernel"][1]:
+            own = jnp.swapaxes(own, -1, -2)
+    return np.asarray(own[place.member])
 
 
 def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
@@ -190,12 +186,12 @@ def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
     module = base.module
     leaves = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items() if path[-1] in _KERNELS}
     # A tied head has no kernel of its own.
-    leaves.setdefault(("lm_head",), (module.config.hidden_size, module.config.vocab_size))
-    stacked = module.scan_layers
+    config = module.config
+    leaves.setdefault(("lm_head",), (config.embed_size or config.hidden_size, config.vocab_size))
     return {
-        placed.path: leaves[placed.path][0 if placed.member is None else 1 :]
-        for placed in base.origin.family.modules(module.config.num_layers, stacked=stacked)
-        if placed.kind in _ADAPTABLE
+        placed.path: leaves[placed.path][len(placed.member) :]
+        for placed in base.origin.family.modules(module)
+        if placed.kind in ADAPTABLE
     }
 
 

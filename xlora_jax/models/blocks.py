@@ -8,7 +8,7 @@ Axes, used in every comment, docstring and einsum:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class BlockContext:
     mask: jax.Array | None  # bool [B or 1, 1, T, S]; None: causal
     sliding_mask: jax.Array | None
     start: jax.Array | None
+    attention: str | None = struct.field(pytree_node=False, default=None)  # type: ignore[no-untyped-call]
 
 
 @struct.dataclass
@@ -82,7 +83,14 @@ class Norm(nn.Module):
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, scale: float, softcap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention.
 
@@ -93,12 +101,15 @@ def attend(
         mask: bool ``[B or 1, 1, T, S]``, or None for causal.
         scale: multiplies queries times keys.
         softcap: c in ``c tanh(. / c)`` of the scaled products, or None.
+        implementation: that of ``jax.nn.dot_product_attention``; it has no soft cap.
 
     Returns:
         ``[B, T, H, C]``.
     """
     if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation=cast(Any, implementation)
+        )
     batch, length, heads, width = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
     logits = jnp.einsum("btkgc,bskc->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
@@ -155,7 +166,8 @@ class Attention(_Part):
         scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         if cfg.attention_scale_by_depth:
             q = (q / (layer.index + 1)).astype(q.dtype)
-        y = attend(q, k, v, mask, scale, cfg.attention_softcap)
+        softcap = cfg.attention_softcap
+        y = attend(q, k, v, mask, scale=scale, softcap=softcap, implementation=context.attention)
         if mask is not None and cache is None:
             # Padding can leave a query nothing to attend to. Its result is zero then, as torch's SDPA has it.
             y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, jnp.zeros_like(y))
