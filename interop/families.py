@@ -504,7 +504,10 @@ def _read_phi(fields: Fields) -> DecoderConfig:
         mlp="plain",
         parallel="shared",
         qk_norm="head" if fields.take("qk_layernorm") else None,
-        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        head_bias=True,
     )
 
 

@@ -24,6 +24,9 @@ from xlora_jax.modules import XLoraDense
 
 __all__ = ["MLP", "Attention", "Block", "BlockContext", "LayerFlags", "Norm", "RoutedBlock", "attend"]
 
+# Finite, so that a query that sees nothing has a softmax, and a gradient, without NaN.
+_LOWEST = float(np.finfo(np.float32).min)
+
 
 @struct.dataclass
 class BlockContext:
@@ -116,7 +119,7 @@ def attend(
     logits = softcap * jnp.tanh(logits / softcap)
     if mask is None:
         mask = (jnp.arange(k.shape[1]) <= jnp.arange(length)[:, None])[None, None]
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask[:, :, None], logits, _LOWEST)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(batch, length, heads, width)
 
