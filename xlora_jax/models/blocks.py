@@ -109,14 +109,16 @@ def attend(
     Returns:
         ``[B, T, H, C]``.
     """
-    if softcap is None:
+    # JAX's own has no soft cap, and in float16 it asks for a kind of product that CPUs do not have.
+    if softcap is None and (q.dtype != jnp.float16 or implementation == "cudnn"):
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation=cast(Any, implementation)
         )
     batch, length, heads, width = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
     logits = jnp.einsum("btkgc,bskc->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
-    logits = softcap * jnp.tanh(logits / softcap)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     if mask is None:
         mask = (jnp.arange(k.shape[1]) <= jnp.arange(length)[:, None])[None, None]
     logits = jnp.where(mask[:, :, None], logits, _LOWEST)
