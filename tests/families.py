@@ -131,6 +131,7 @@ MODELS: dict[str, Model] = {
     "olmo2": Model({**_LLAMA, **_rope(), **_BIAS}),
     "smollm3": Model(
         {**_LLAMA, **_rope(), **_BIAS, "mlp_bias": True, "no_rope_layers": [1, 0, 1]}
+        | {"tie_word_embeddings": False}
         | {"use_sliding_window": True, "sliding_window": 4}
     ),
     "starcoder2": Model({**_SHAPE, **_rope(), "norm_epsilon": 3e-3, "sliding_window": 6}, mlp=("c_fc", "c_proj")),
