@@ -394,7 +394,7 @@ def find_expert(directory: Path, path: str) -> str | None:
 
 
 def _original_expert(directory: Path, name: str, path: object) -> str | None:
-    if name != Path(name).name:
+    if name != Path(name).name or name == "..":
         raise FormatError(f"{directory}: the expert {name!r} is no folder's name.")
     if (directory / name / CONFIG_FILE).is_file():
         return str(directory / name)
@@ -657,9 +657,7 @@ def _mistralrs_expert(adapter: LoraAdapter, first: LoraAdapter, layer_names: Seq
     odd = [path for path, match in matches.items() if match is None or match["module"] not in _MISTRALRS_MODULES]
     odd += [path for path, layer in adapter.layers.items() if layer.kind != "linear" and path not in odd]
     if odd:
-        raise FormatError(
-            f"{where} adapts {listed(odd)}; there only {', '.join(_MISTRALRS_MODULES)} of Llama's kind can be."
-        )
+        raise FormatError(f"{where} adapts {listed(odd)}; there only {listed(_MISTRALRS_MODULES)} can be adapted.")
     biased = [path for path, layer in adapter.layers.items() if layer.bias is not None]
     if biased:
         raise FormatError(f"{where} has lora_bias, which is not implemented there.")
@@ -668,13 +666,11 @@ def _mistralrs_expert(adapter: LoraAdapter, first: LoraAdapter, layer_names: Seq
     limited = adapter.config.get("layers_to_transform") is not None
     if limited or len(adapter.layers) != len(modules) * len(blocks) or blocks != set(range(len(blocks))):
         raise FormatError(
-            f"{where} adapts {sorted(modules)} in some blocks only; there a target is adapted in every block."
+            f"{where} adapts {listed(sorted(modules))} in some blocks only; there a target is adapted in every block."
         )
     settings = {(layer.r, layer.scale) for layer in adapter.layers.values()}
     if len(settings) > 1:
-        raise FormatError(
-            f"{where} has layers of different rank or scale {sorted(settings)}; there each expert has one."
-        )
+        raise FormatError(f"{where} has layers of different (rank, scale), {sorted(settings)}; there it has one.")
     rank, scale = settings.pop()
     # alpha / r is the only scale there: rsLoRA's is written as an alpha that gives it.
     plain = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(modules)}
