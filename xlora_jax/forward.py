@@ -23,7 +23,7 @@ from jax import lax
 from xlora_jax import mixing
 from xlora_jax.config import XLoraConfig
 from xlora_jax.layers import AdaptedLayers
-from xlora_jax.models import Decoder, DecoderOutput, KVCache
+from xlora_jax.models import Cache, Decoder, DecoderOutput
 from xlora_jax.modules import XLoraClassifier
 
 __all__ = [
@@ -111,7 +111,7 @@ def base_forward(model: XLora, params: Params, **inputs: Any) -> DecoderOutput:
 
 def scaling_pass(
     model: XLora, params: Params, *, rngs: Mapping[str, jax.Array] | None = None, **inputs: Any
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """First pass: the last hidden state that the classifier reads.
 
     Args:

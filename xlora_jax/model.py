@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,14 +12,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xlora_jax.config import XLoraConfig
 from xlora_jax.forward import Params, XLora, XLoraOutput, forward
-from xlora_jax.generation import generate
+from xlora_jax.generation import GenerationConfig, GenerationStats, Ints, generate, stream
 from xlora_jax.layers import AdaptedLayers
 from xlora_jax.models import Decoder, DecoderOutput
-from xlora_jax.sampling import Sampler
 
 __all__ = ["BaseModel", "XLoraModel"]
 
@@ -50,6 +48,20 @@ class BaseModel:
         inputs = _inputs(input_ids, attention_mask, inputs_embeds)
         return cast(DecoderOutput, _base_forward(self.module, self.params, **inputs))
 
+    def generate(
+        self, input_ids: Any, attention_mask: Any = None, *, config: GenerationConfig | None = None, **options: Any
+    ) -> jax.Array:
+        """Generate; arguments and result as those of :meth:`XLoraModel.generate`."""
+        config = dataclasses.replace(config or GenerationConfig(), **options)
+        out = generate(self._alone, {"base": self.params}, input_ids, attention_mask, config, experts=False)
+        return jnp.asarray(out.tokens)
+
+    @property
+    def _alone(self) -> XLora:
+        """A static description in which nothing is adapted."""
+        config = XLoraConfig(hidden_size=self.module.config.hidden_size, adapters={})
+        return XLora(self.module, AdaptedLayers((), ()), 1, config)
+
 
 @dataclass
 class XLoraModel:
@@ -78,6 +90,7 @@ class XLoraModel:
     _logging: bool = field(default=False, repr=False)
     _log: list[jax.Array] = field(default_factory=list, repr=False)
     _latest: jax.Array | None = field(default=None, repr=False)
+    _stats: GenerationStats | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the settings against the experts."""
@@ -101,6 +114,7 @@ class XLoraModel:
             config=self.config if config is None else config,
             _log=[],
             _latest=None,
+            _stats=None,
         )
 
     def __call__(
@@ -138,91 +152,67 @@ class XLoraModel:
         return out
 
     def generate(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        seed: int = 0,
+        self, input_ids: Any, attention_mask: Any = None, *, config: GenerationConfig | None = None, **options: Any
     ) -> jax.Array:
         """Generate with a cache for each pass, on the device.
 
         Args:
-            input_ids: int ``[B, T]``; prompts of different length are padded, usually on the left.
+            input_ids: int ``[B, T]``, NumPy or JAX; prompts of different length are padded, usually on the left.
             attention_mask: ``[B, T]``, zero at padding; None where there is none.
-            max_new_tokens: at least 1.
-            do_sample: draw (True) or take the most probable token (False).
-            temperature: positive, divides the logits of a draw.
-            top_k: draw among the k most probable tokens.
-            top_p: draw among the most probable tokens that together reach this probability.
-            eos_token_id: token or tokens that end a row; None runs every row to the end.
-            pad_token_id: fills a row after its end; default the first ``eos_token_id``.
-            seed: of the draws.
+            config: what is asked for; default :class:`~xlora_jax.generation.GenerationConfig`.
+            **options: fields of ``config`` to be changed: ``max_new_tokens=48, do_sample=True, top_p=0.9, seed=1``.
 
         Returns:
-            int32 ``[B, T + max_new_tokens]``: the prompts as given, then what was generated.
+            int32 ``[B * num_return_sequences, T + max_new_tokens]``: the prompts as given, what was generated, padding.
 
         Raises:
-            ValueError: shapes that do not fit, a prompt without tokens, or settings without meaning.
+            ValueError: shapes that do not fit, a prompt without tokens, or a setting without meaning.
+            TypeError: an option that there is not.
         """
-        ids = jnp.asarray(input_ids, jnp.int32)
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids: expected [batch, tokens], got shape {list(ids.shape)}")
-        mask = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
-        if mask.shape != ids.shape:
-            raise ValueError(f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {mask.shape}")
-        lengths = (mask != 0).sum(axis=1)
-        if not lengths.all():
-            raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens: its attention_mask is all zero")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        eos = () if eos_token_id is None else tuple(np.ravel(eos_token_id).tolist())
-        pad = pad_token_id if pad_token_id is not None else (eos[0] if eos else 0)
-        sampler = Sampler(do_sample, temperature, top_k, top_p) if do_sample else Sampler()
-
-        tokens = ids
-        rng = jax.random.key(seed)
-        done = np.zeros(len(ids), bool)
-        for count in self._spans(int(lengths.max()), max_new_tokens):
-            rng, key = jax.random.split(rng)
-            out = generate(
-                self.xlora,
-                self.params,
-                tokens,
-                jnp.asarray(mask),
-                key,
-                max_new_tokens=count,
-                sampler=sampler,
-                eos=eos,
-                pad=pad,
-                experts=self._enabled,
-                record=self._logging,
-            )
-            new = np.where(done[:, None], pad, out.tokens)
-            done |= np.isin(new, eos).any(axis=1)
-            tokens = jnp.concatenate([tokens, jnp.asarray(new, jnp.int32)], axis=1)
-            mask = np.concatenate([mask, np.ones_like(new)], axis=1)
+        config = dataclasses.replace(config or GenerationConfig(), **options)
+        out = generate(
+            self.xlora,
+            self.params,
+            input_ids,
+            attention_mask,
+            config,
+            experts=self._enabled,
+            record=self._logging,
+        )
+        self._stats = out.stats
         if out.scalings is not None:
-            # From positions back to columns, and without the last token, which nothing was predicted from.
-            position = np.maximum(np.cumsum(mask != 0, axis=1) - 1, 0)[:, :-1, None, None]
-            scalings = jnp.take_along_axis(out.scalings, jnp.asarray(position), axis=1)
-            self._record(self.layers.expand(jnp.where(jnp.asarray(mask)[:, :-1, None, None] != 0, scalings, 0)))
-        return tokens
+            self._record(self.layers.expand(out.scalings))
+        return jnp.asarray(out.tokens)
 
-    def _spans(self, length: int, new: int) -> Iterator[int]:
-        """Split ``new`` tokens where rotary frequencies change: there, what is cached is no longer true."""
-        switch = self.module.config.rope_switches_at
-        # The token at position `switch` is the first whose pass has the other frequencies; it is generated before.
-        if switch is not None and length <= switch < length + new - 1:
-            yield switch + 1 - length
-            new -= switch + 1 - length
-        yield new
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        steps: int = 4,
+        config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Iterator[list[Ints]]:
+        """Generate piece by piece.
+
+        Args:
+            input_ids: as in :meth:`generate`.
+            attention_mask: likewise.
+            steps: between two pieces.
+            config: as in :meth:`generate`.
+            **options: likewise.
+
+        Yields:
+            For each row its new tokens since the last piece, int32.
+        """
+        config = dataclasses.replace(config or GenerationConfig(), **options)
+        self._stats = yield from stream(
+            self.xlora, self.params, input_ids, attention_mask, config, experts=self._enabled, steps=steps
+        )
+
+    def get_generation_stats(self) -> GenerationStats | None:
+        """Return what the last generation cost: seconds, reads of the weights per token, acceptance of drafts."""
+        return self._stats
 
     def _record(self, scalings: jax.Array | None) -> None:
         self._latest = scalings

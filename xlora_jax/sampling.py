@@ -1,33 +1,154 @@
-"""From logits to the next token. Warpers as in transformers, in its order: temperature, top-k, top-p."""
+"""From logits to the next token: processors as in transformers, in its order, and a draw that can be repeated.
+
+A processor is a frozen dataclass that maps ``(logits, tokens, length)`` to logits; a :class:`Sampler` holds a tuple of
+them, so that it is hashable and can be a static argument of ``jax.jit``. The noise of a draw depends on seed, row and
+position alone. What is generated is therefore the same whether tokens come one at a time or are drafted and checked,
+streamed or not.
+
+Axes: B batch, S slots of the token buffer, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Sampler", "keep_top_k", "keep_top_p"]
+__all__ = [
+    "LogitsProcessor",
+    "MinP",
+    "RepetitionPenalty",
+    "Sampler",
+    "Temperature",
+    "TopK",
+    "TopP",
+]
 
 
-def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Set all of ``logits [..., V]`` below the k-th largest to -inf; those equal to it stay."""
-    k = min(k, logits.shape[-1])
-    return jnp.where(logits < lax.top_k(logits, k)[0][..., -1:], -jnp.inf, logits)
+class LogitsProcessor(Protocol):
+    """A pure function of the logits and of what came before; hashable."""
+
+    def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """Return the changed logits.
+
+        Args:
+            logits: float32 ``[B, V]``.
+            tokens: int32 ``[B, S]``; of row b the first ``length[b]`` are there.
+            length: int32 ``[B]``.
+        """
+        ...
 
 
-def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keep the fewest most probable of ``logits [..., V]`` whose probabilities reach ``p``, set the others to -inf.
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divide positive logits of tokens that have occurred in the row by ``penalty``, multiply negative ones.
 
-    Nucleus sampling, arXiv 1904.09751. The most probable token always stays.
+    arXiv 1909.05858. The prompt counts; padding does not.
+
+    Attributes:
+        penalty: positive; above 1 discourages.
     """
-    order = jnp.argsort(logits, axis=-1)
-    ascending = jnp.take_along_axis(logits, order, axis=-1)
-    drop = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - p
-    drop = drop.at[..., -1].set(False)
-    kept = jnp.where(drop, -jnp.inf, ascending)
-    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        _require("repetition_penalty", self.penalty, self.penalty > 0, "> 0 (1 changes nothing)")
+
+    def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """See :class:`LogitsProcessor`."""
+        rows = jnp.arange(len(tokens))[:, None]
+        there = jnp.where(jnp.arange(tokens.shape[1]) < length[:, None], tokens, logits.shape[-1])
+        seen = jnp.zeros(logits.shape, bool).at[rows, there].set(True, mode="drop")
+        return jnp.where(seen, jnp.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divide the logits.
+
+    Attributes:
+        temperature: positive; lower is sharper.
+    """
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        _require("temperature", self.temperature, self.temperature > 0, "> 0; for greedy decoding do_sample=False")
+
+    def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """See :class:`LogitsProcessor`."""
+        return logits / self.temperature
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest logits, and those equal to the k-th; set the others to -inf.
+
+    Attributes:
+        k: at least 1; above V it keeps all.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        _require("top_k", self.k, self.k >= 1, ">= 1 (None or 0 keeps all)")
+
+    def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """See :class:`LogitsProcessor`."""
+        k = min(self.k, logits.shape[-1])
+        return jnp.where(logits < lax.top_k(logits, k)[0][..., -1:], -jnp.inf, logits)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the fewest most probable tokens whose probabilities together reach p (nucleus sampling, arXiv 1904.09751).
+
+    Attributes:
+        p: within (0, 1]. The most probable token always stays.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        _require("top_p", self.p, 0 < self.p <= 1, "within (0, 1]")
+
+    def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """See :class:`LogitsProcessor`."""
+        order = jnp.argsort(logits, axis=-1)
+        ascending = jnp.take_along_axis(logits, order, axis=-1)
+        drop = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - self.p
+        drop = drop.at[..., -1].set(False)
+        kept = jnp.where(drop, -jnp.inf, ascending)
+        return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keep tokens at least ``p`` times as probable as the most probable one (arXiv 2407.01082).
+
+    Attributes:
+        p: within [0, 1].
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        _require("min_p", self.p, 0 <= self.p <= 1, "within [0, 1]")
+
+    def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """See :class:`LogitsProcessor`."""
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        least = self.p * probabilities.max(axis=-1, keepdims=True)
+        return jnp.where(probabilities < least, -jnp.inf, logits)
 
 
 @dataclass(frozen=True)
@@ -36,36 +157,82 @@ class Sampler:
 
     Attributes:
         do_sample: draw from the distribution (True), or take the most probable token (False).
-        temperature: positive; divides the logits.
-        top_k: keep the k most probable tokens; None or 0 keeps all.
-        top_p: keep the most probable tokens that together reach this probability; None or 1 keeps all.
+        processors: applied to the logits in this order before that.
     """
 
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
 
-    def __post_init__(self) -> None:
-        """Refuse settings without meaning."""
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected > 0, got {self.temperature}; for greedy decoding do_sample=False")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k: expected >= 0 (0 keeps all), got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected within (0, 1], got {self.top_p}")
+    @classmethod
+    def of(
+        cls,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        extra: Sequence[LogitsProcessor] = (),
+    ) -> Sampler:
+        """Make a sampler from the settings of transformers' ``generate``.
 
-    def warp(self, logits: jax.Array) -> jax.Array:
-        """Return ``logits [..., V]`` in float32 as warped by temperature, top-k and top-p."""
-        logits = logits.astype(jnp.float32) / self.temperature
-        if self.top_k:
-            logits = keep_top_k(logits, self.top_k)
-        if self.top_p is not None and self.top_p < 1:
-            logits = keep_top_p(logits, self.top_p)
+        Args:
+            do_sample: see :class:`Sampler`. Without it the four settings of the draw have no effect, as there.
+            temperature: see :class:`Temperature`.
+            top_k: see :class:`TopK`; None or 0 keeps all.
+            top_p: see :class:`TopP`; None or 1 keeps all.
+            min_p: see :class:`MinP`; None or 0 keeps all.
+            repetition_penalty: see :class:`RepetitionPenalty`; acts on greedy decoding too.
+            extra: your own processors; they come after the penalty and before the temperature, as in transformers.
+
+        Raises:
+            ValueError: a setting without meaning.
+        """
+        # All are made, so that a setting without meaning is refused even where it would have no effect.
+        draw: list[LogitsProcessor] = [Temperature(temperature)]
+        if top_k:
+            draw.append(TopK(top_k))
+        if top_p is not None:
+            draw.append(TopP(top_p))
+        if min_p:
+            draw.append(MinP(min_p))
+        penalty = RepetitionPenalty(repetition_penalty)
+        neutral = (Temperature(1.0), TopP(1.0), RepetitionPenalty(1.0))
+        chosen = [penalty, *extra, *(draw if do_sample else ())]
+        return cls(do_sample, tuple(processor for processor in chosen if processor not in neutral))
+
+    def process(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """Return ``logits [B, V]``, float32, as the processors leave them; arguments as in :class:`LogitsProcessor`."""
+        logits = logits.astype(jnp.float32)
+        for processor in self.processors:
+            logits = processor(logits, tokens, length)
         return logits
 
-    def __call__(self, rng: jax.Array, logits: jax.Array) -> jax.Array:
-        """Choose int32 tokens ``[B]`` from ``logits [B, V]``."""
+    def __call__(self, rng: jax.Array, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """Choose the token that follows the first ``length`` of each row.
+
+        Args:
+            rng: PRNG key of the whole generation, the same at every position.
+            logits: float ``[B, V]``.
+            tokens: int32 ``[B, S]``.
+            length: int32 ``[B]``.
+
+        Returns:
+            int32 ``[B]``.
+        """
+        logits = self.process(logits, tokens, length)
         if not self.do_sample:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(rng, self.warp(logits), axis=-1).astype(jnp.int32)
+
+        def draw(row: jax.Array, position: jax.Array, scores: jax.Array) -> jax.Array:
+            # Gumbel noise of this row and position: a draft and its check draw with the same, so where their
+            # distributions agree they nearly always agree on the token, and what is kept is the check's own draw.
+            return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(rng, row), position), scores)
+
+        return jax.vmap(draw)(jnp.arange(len(logits)), length, logits).astype(jnp.int32)
+
+
+def _require(name: str, value: float, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value}")

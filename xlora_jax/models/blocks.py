@@ -8,6 +8,7 @@ Axes, used in every comment, docstring and einsum:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -17,7 +18,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from xlora_jax.models.cache import KVCache
+from xlora_jax.models.cache import Cache, Place
 from xlora_jax.models.declaration import ACTIVATIONS, NORMS, DecoderConfig
 from xlora_jax.models.rope import apply_rope
 from xlora_jax.modules import XLoraDense
@@ -36,7 +37,7 @@ class BlockContext:
     sliding_rotary: tuple[jax.Array, jax.Array] | None
     mask: jax.Array | None  # bool [B or 1, 1, T, S]; None: causal
     sliding_mask: jax.Array | None
-    start: jax.Array | None
+    place: Place | None
     attention: str | None = struct.field(pytree_node=False, default=None)  # type: ignore[no-untyped-call]
 
 
@@ -147,8 +148,8 @@ class Attention(_Part):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: KVCache | None, context: BlockContext, layer: LayerFlags
-    ) -> tuple[jax.Array, KVCache | None]:
+        self, x: jax.Array, cache: Cache | None, context: BlockContext, layer: LayerFlags
+    ) -> tuple[jax.Array, Cache | None]:
         """Attend from ``x [B, T, D]`` to itself, or to the cache that it is written to first."""
         cfg = self.config
         q, k, v = self._heads(x)
@@ -161,21 +162,24 @@ class Attention(_Part):
             if any(cfg.no_rope):
                 cos, sin = jnp.where(layer.no_rope, 1, cos), jnp.where(layer.no_rope, 0, sin)
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            assert context.start is not None
-            cache, k, v = cache.update(layer.index, k, v, context.start)
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
         mask = context.mask
         if context.sliding_mask is not None:
-            mask = context.sliding_mask if mask is None else jnp.where(layer.sliding, context.sliding_mask, mask)
+            if mask is None or isinstance(layer.sliding, bool):
+                mask = context.sliding_mask if mask is None or layer.sliding else mask
+            else:
+                mask = jnp.where(layer.sliding, context.sliding_mask, mask)
         scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         if cfg.attention_scale_by_depth:
             q = (q / (layer.index + 1)).astype(q.dtype)
-        softcap = cfg.attention_softcap
-        y = attend(q, k, v, mask, scale=scale, softcap=softcap, implementation=context.attention)
-        if mask is not None and cache is None:
-            # Padding can leave a query nothing to attend to. Its result is zero then, as torch's SDPA has it.
-            y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, jnp.zeros_like(y))
+        attention = partial(attend, scale=scale, softcap=cfg.attention_softcap, implementation=context.attention)
+        if cache is not None:
+            assert context.place is not None
+            cache, y = cache.attend(layer.index, q, k, v, mask, context.place, attention)
+        else:
+            y = attention(q, k, v, mask)
+            if mask is not None:
+                # Padding can leave a query nothing to attend to. Its result is zero then, as torch's SDPA has it.
+                y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, jnp.zeros_like(y))
         y = y.reshape(*y.shape[:-2], -1)
         return self.dense(cfg.hidden_size, "o_proj", cfg.o_bias)(y), cache
 
@@ -295,8 +299,8 @@ class Block(_Part):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, KVCache | None], context: BlockContext, layer: LayerFlags
-    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        self, carry: tuple[jax.Array, Cache | None], context: BlockContext, layer: LayerFlags
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
         """Map the residual stream ``[B, T, D]`` and the cache; the form is that of ``nn.scan``."""
         cfg = self.config
         x, cache = carry

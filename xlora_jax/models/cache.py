@@ -1,69 +1,214 @@
 """Keys and values of past tokens, as an explicit pytree.
 
-Axes: B batch, T tokens of this call, S slots, K key-value heads, C features per head, L blocks.
+Axes: B batch, T tokens of this call, S slots, H query heads, K key-value heads, C features per head, L blocks.
+
+A row's token at position p stands in slot p. Where a layer slides and its window is shorter than the sequence, it keeps
+a ring instead: slot ``p % S``, with S the window and a chunk of tokens, so that memory does not grow with the sequence.
+Memory per token, row and pass of a layer that does not slide: ``2 * K * C`` times the bytes of the cache's dtype.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-__all__ = ["KVCache"]
+__all__ = ["Cache", "KVCache", "PairedCache", "Place"]
+
+# From queries [B, T, H, C], keys and values [B, S, K, C] and a mask [B or 1, 1, T, S] to [B, T, H, C].
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+@struct.dataclass
+class Place:
+    """Where the tokens of a call belong.
+
+    Attributes:
+        start: int ``[B]``, position of each row's first token.
+        last: int ``[B]``, position of its last true token: those behind it are padding, and ``last`` may lie before
+            ``start``. What padding leaves in a cache is never seen, and overwritten later.
+    """
+
+    start: jax.Array
+    last: jax.Array
+
+    def positions(self, length: int) -> jax.Array:
+        """Positions ``[B, T]`` of a call of T = ``length`` tokens; padding takes that of the last true one.
+
+        So it does not count as context where the longest position matters (``longrope``).
+        """
+        return jnp.minimum(self.start[:, None] + jnp.arange(length), self.last[:, None])
+
+
+class Cache(Protocol):
+    """What a decoder needs of a cache."""
+
+    def attend(
+        self,
+        layer: int | jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array | None,
+        place: Place,
+        attention: Attention,
+    ) -> tuple[Any, jax.Array]:
+        """Write ``k`` and ``v [B, T, K, C]`` of one layer, then attend from ``q [B, T, H, C]`` to all it holds.
+
+        Returns:
+            The new cache, and ``[B, T, H, C]``.
+        """
+        ...
+
+    def positions(self, place: Place, *, sliding: bool) -> jax.Array:
+        """Position ``[B or 1, S]`` of what stands in each slot of the layers that slide, or of those that do not.
+
+        Negative where nothing does.
+        """
+        ...
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of past tokens; slot s of a row holds its token at position s.
+    """Keys and values of one pass.
 
     Attributes:
         k: ``[L, B, S, K, C]`` for scanned blocks, else a tuple of L arrays ``[B, S, K, C]``.
         v: likewise.
+        rings: for each block, whether its slots are a ring.
     """
 
     k: Any
     v: Any
+    rings: tuple[bool, ...] = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
 
-    def update(
-        self, layer: int | jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
-    ) -> tuple[KVCache, jax.Array, jax.Array]:
-        """Write ``k`` and ``v`` ``[B, T, K, C]`` of one layer from slot ``start [B]`` on; what stood there is replaced.
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int, int, int],
+        dtype: jax.typing.DTypeLike,
+        *,
+        num_layers: int,
+        stacked: bool,
+        sliding: Sequence[bool] = (),
+        ring: int | None = None,
+    ) -> KVCache:
+        """Make a cache.
 
-        Returns:
-            The new cache, and that layer's keys and values ``[B, S, K, C]``.
+        Args:
+            shape: ``(B, S, K, C)``.
+            dtype: of keys and values.
+            num_layers: L.
+            stacked: whether blocks are scanned. Stacked layers are alike: rings are used if all slide.
+            sliding: for each block, whether it slides; empty if none does.
+            ring: slots that suffice for a block that slides; None for no rings.
         """
+        batch, capacity, *heads = shape
+        rings = tuple(ring is not None and ring < capacity and slides for slides in sliding or [False] * num_layers)
+        if stacked:
+            rings = (all(rings),) * num_layers
+            size = ring if rings[0] else capacity
+            whole = (num_layers, batch, size, *heads)
+            return cls(jnp.zeros(whole, dtype), jnp.zeros(whole, dtype), rings)
+        sizes = [ring if is_ring else capacity for is_ring in rings]
+        k, v = (tuple(jnp.zeros((batch, size, *heads), dtype) for size in sizes) for _ in range(2))
+        return cls(k, v, rings)
+
+    def attend(
+        self,
+        layer: int | jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array | None,
+        place: Place,
+        attention: Attention,
+    ) -> tuple[KVCache, jax.Array]:
+        """See :class:`Cache`."""
         if isinstance(self.k, tuple):
             assert isinstance(layer, int)
-            keys, values = _write(self.k[layer], k, start), _write(self.v[layer], v, start)
-            cache = KVCache(
-                (*self.k[:layer], keys, *self.k[layer + 1 :]), (*self.v[:layer], values, *self.v[layer + 1 :])
+            ring = self.rings[layer]
+            keys, values = (_write(slots[layer], new, place, ring) for slots, new in ((self.k, k), (self.v, v)))
+            cache = self.replace(  # type: ignore[attr-defined]
+                k=(*self.k[:layer], keys, *self.k[layer + 1 :]), v=(*self.v[:layer], values, *self.v[layer + 1 :])
             )
         else:
-            cache = KVCache(_write(self.k, k, start, layer), _write(self.v, v, start, layer))
-            keys = lax.dynamic_index_in_dim(cache.k, layer, keepdims=False)
-            values = lax.dynamic_index_in_dim(cache.v, layer, keepdims=False)
-        return cache, keys, values
+            new_k, new_v = (
+                _write(slots, new, place, self.rings[0], layer) for slots, new in ((self.k, k), (self.v, v))
+            )
+            cache = self.replace(k=new_k, v=new_v)  # type: ignore[attr-defined]
+            keys, values = (lax.dynamic_index_in_dim(slots, layer, keepdims=False) for slots in (new_k, new_v))
+        return cache, attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
 
-    @property
-    def capacity(self) -> int:
-        """S, the number of slots."""
-        k = self.k[0] if isinstance(self.k, tuple) else self.k
-        return int(k.shape[-3])
+    def positions(self, place: Place, *, sliding: bool) -> jax.Array:
+        """See :class:`Cache`."""
+        ring = sliding and any(self.rings)
+        k = self.k[self.rings.index(ring) if ring in self.rings else 0] if isinstance(self.k, tuple) else self.k
+        slots = jnp.arange(k.shape[-3])
+        if not ring:
+            return slots[None]
+        # The latest position that falls into each slot.
+        return place.last[:, None] - (place.last[:, None] - slots) % len(slots)
 
 
-def _write(slots: jax.Array, new: jax.Array, start: jax.Array, layer: int | jax.Array | None = None) -> jax.Array:
-    """Return ``slots`` with ``new [B, T, K, C]`` written at row b from slot ``start[b]`` on."""
+@struct.dataclass
+class PairedCache:
+    """The caches of two passes that run as one batch: its first half is the scaling pass, its second the real one.
+
+    Both have the same shapes. Each half of the batch attends to its own cache, and neither is copied.
+    """
+
+    scaling: KVCache
+    real: KVCache
+
+    def attend(
+        self,
+        layer: int | jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array | None,
+        place: Place,
+        attention: Attention,
+    ) -> tuple[PairedCache, jax.Array]:
+        """See :class:`Cache`; the batch axis is ``2 B``."""
+        half = len(q) // 2
+        caches, outputs = [], []
+        for cache, rows in ((self.scaling, slice(None, half)), (self.real, slice(half, None))):
+            own_mask = mask if mask is None or len(mask) == 1 else mask[rows]
+            own_place = Place(place.start[rows], place.last[rows])
+            cache, y = cache.attend(layer, q[rows], k[rows], v[rows], own_mask, own_place, attention)
+            caches.append(cache)
+            outputs.append(y)
+        return PairedCache(*caches), jnp.concatenate(outputs)
+
+    def positions(self, place: Place, *, sliding: bool) -> jax.Array:
+        """See :class:`Cache`."""
+        return self.real.positions(place, sliding=sliding)
+
+
+def _write(
+    slots: jax.Array, new: jax.Array, place: Place, ring: bool, layer: int | jax.Array | None = None
+) -> jax.Array:
+    """Return ``slots`` with ``new [B, T, K, C]`` written at row b from position ``place.start[b]`` on."""
     new = new.astype(slots.dtype)
     batch, length = new.shape[:2]
-    if batch == 1:
-        begin = (0, start[0], 0, 0)
+    if batch == 1 and not ring:
+        begin = (0, place.start[0], 0, 0)
         if layer is None:
             return lax.dynamic_update_slice(slots, new, begin)
         return lax.dynamic_update_slice(slots, new[None], (layer, *begin))
     rows = jnp.arange(batch)[:, None]
-    columns = start[:, None] + jnp.arange(length)
+    positions = place.start[:, None] + jnp.arange(length)
+    at = slots.at[rows, positions] if layer is None else slots.at[layer, rows, positions]
+    if not ring:
+        return at.set(new, mode="promise_in_bounds", unique_indices=True)
+    # In a ring, padding would overwrite what is still seen: it is dropped, by a slot that does not exist.
+    size = slots.shape[-3]
+    columns = jnp.where(positions <= place.last[:, None], positions % size, size)
     at = slots.at[rows, columns] if layer is None else slots.at[layer, rows, columns]
-    return at.set(new, mode="promise_in_bounds", unique_indices=True)
+    return at.set(new, mode="drop")

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import struct
 
 from xlora_jax.models.blocks import Block, BlockContext, LayerFlags, Norm
-from xlora_jax.models.cache import KVCache
+from xlora_jax.models.cache import Cache, KVCache, Place
 from xlora_jax.models.declaration import BlockGroup, DecoderConfig
 from xlora_jax.models.rope import Rope
 from xlora_jax.modules import XLoraDense, XLoraEmbed, XLoraTiedHead
@@ -45,7 +45,7 @@ class DecoderOutput:
 
     hidden_states: jax.Array
     logits: jax.Array | None = None
-    cache: KVCache | None = None
+    cache: Any = None
 
 
 class Decoder(nn.Module):
@@ -121,8 +121,8 @@ class Decoder(nn.Module):
         attention_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-        start: jax.Array | None = None,
+        cache: Cache | None = None,
+        place: Place | None = None,
         with_logits: bool = True,
     ) -> DecoderOutput:
         """Run the model.
@@ -132,11 +132,11 @@ class Decoder(nn.Module):
             inputs_embeds: ``[B, T, D]`` in place of the embedding of ``input_ids``.
             attention_mask: bool or int ``[B, T]``, zero where a token is padding; None for no padding. Not with a
                 cache, where every row's tokens stand at its positions without gaps.
-            positions: int ``[B or 1, T]``; default 0..T-1, or ``start`` onwards.
+            positions: int ``[B or 1, T]``; default 0..T-1, or those of ``place``.
             segment_ids: int ``[B, T]``: documents packed into one row; tokens see their own only. Give ``positions``
                 that count from each document's start. Not with a cache.
             cache: keys and values of earlier tokens; this call's are written to it.
-            start: int ``[B]``, with ``cache``: position, and slot, of each row's first token of this call.
+            place: with ``cache``: where each row's tokens of this call belong.
             with_logits: also apply the output head.
 
         Returns:
@@ -148,11 +148,11 @@ class Decoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         masked = attention_mask is not None or segment_ids is not None
-        if (cache is None) != (start is None) or (cache is not None and masked):
-            raise ValueError("cache and start come together, and without attention_mask and segment_ids")
-        x, positions = self._embed(input_ids, inputs_embeds, attention_mask, positions, start)
+        if (cache is None) != (place is None) or (cache is not None and masked):
+            raise ValueError("cache and place come together, and without attention_mask and segment_ids")
+        x, positions = self._embed(input_ids, inputs_embeds, attention_mask, positions, place)
         carry = (x, cache)
-        context, layers = self._context(x, attention_mask, positions, segment_ids, cache, start), self._layers()
+        context, layers = self._context(x, attention_mask, positions, segment_ids, cache, place), self._layers()
         if self.scan_layers:
             for group, blocks in zip(self.config.groups, self.blocks, strict=True):
                 own = slice(group.start, group.start + group.length)
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         inputs_embeds: jax.Array | None,
         attention_mask: jax.Array | None,
         positions: jax.Array | None,
-        start: jax.Array | None,
+        place: Place | None,
     ) -> tuple[jax.Array, jax.Array]:
         """The residual stream before the first block, and the positions ``[B or 1, T]``."""
         cfg = self.config
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
             x = self.project_in(x)
         length = x.shape[1]
         if positions is None:
-            positions = jnp.arange(length)[None] if start is None else start[:, None] + jnp.arange(length)
+            positions = jnp.arange(length)[None] if place is None else place.positions(length)
             if cfg.positions_from_mask and attention_mask is not None:
                 seen = (attention_mask != 0).astype(jnp.int32)
                 positions = jnp.cumsum(seen, axis=1) * seen - 1
@@ -217,16 +217,25 @@ class Decoder(nn.Module):
             np.arange(count), np.asarray(self.config.sliding or none), np.asarray(self.config.no_rope or none)
         )
 
-    def empty_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
-        """Make a cache of ``capacity`` slots for each of ``batch`` rows, in ``dtype`` (the computation's if None)."""
+    def empty_cache(
+        self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None, chunk: int | None = None
+    ) -> KVCache:
+        """Make a cache.
+
+        Args:
+            batch: B.
+            capacity: S, tokens that a row may come to.
+            dtype: of keys and values; None takes that of the computation.
+            chunk: the most tokens T of a call. With it, blocks that slide keep only their window and a chunk.
+        """
         cfg = self.config
-        shape = (batch, capacity, cfg.num_kv_heads, cfg.head_dim)
-        dtype = dtype or self.dtype
-        if self.scan_layers:
-            return KVCache(jnp.zeros((cfg.num_layers, *shape), dtype), jnp.zeros((cfg.num_layers, *shape), dtype))
-        return KVCache(
-            tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers)),
-            tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers)),
+        return KVCache.empty(
+            (batch, capacity, cfg.num_kv_heads, cfg.head_dim),
+            dtype or self.dtype,
+            num_layers=cfg.num_layers,
+            stacked=self.scan_layers,
+            sliding=cfg.sliding,
+            ring=None if chunk is None or cfg.window is None else cfg.window + chunk,
         )
 
     def _context(
@@ -235,23 +244,30 @@ class Decoder(nn.Module):
         attention_mask: jax.Array | None,
         positions: jax.Array,
         segment_ids: jax.Array | None,
-        cache: KVCache | None,
-        start: jax.Array | None,
+        cache: Cache | None,
+        place: Place | None,
     ) -> BlockContext:
         cfg = self.config
-        length = x.shape[1]
-        queries = jnp.arange(length)[None] if start is None else start[:, None] + jnp.arange(length)
-        keys = jnp.arange(length if cache is None else cache.capacity)
-        visible = keys <= queries[:, :, None]  # [B or 1, T, S]
-        if attention_mask is not None:
-            visible = visible & (attention_mask != 0)[:, None, :]
-        if segment_ids is not None:
-            visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        sliding = full = None
-        if cfg.window is not None:
-            sliding = (visible & (keys > queries[:, :, None] - cfg.window))[:, None]
-        if not all(cfg.sliding or [False]) and (cache is not None or attention_mask is not None or sliding is not None):
-            full = visible[:, None]
+        length = jnp.arange(x.shape[1])
+        queries = length[None] if place is None else place.start[:, None] + length
+
+        def visible(sliding: bool) -> jax.Array:
+            """Bool [B or 1, 1, T, S]."""
+            keys = length[None] if cache is None or place is None else cache.positions(place, sliding=sliding)
+            seen = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
+            if attention_mask is not None:
+                seen = seen & (attention_mask != 0)[:, None, :]
+            if segment_ids is not None:
+                seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+            if sliding and cfg.window is not None:
+                seen = seen & (keys[:, None, :] > queries[:, :, None] - cfg.window)
+            return seen[:, None]
+
+        sliding = visible(True) if cfg.window is not None else None
+        full = None
+        masked = any(x is not None for x in (cache, attention_mask, segment_ids, sliding))
+        if masked and not all(cfg.sliding or [False]):
+            full = visible(False)
 
         def rotary(rope: Rope | None) -> tuple[jax.Array, jax.Array] | None:
             if rope is None:
@@ -259,4 +275,4 @@ class Decoder(nn.Module):
             cos, sin = rope.cos_sin(positions)
             return cos.astype(x.dtype), sin.astype(x.dtype)
 
-        return BlockContext(rotary(cfg.rope), rotary(cfg.sliding_rope), full, sliding, start, self.attention)
+        return BlockContext(rotary(cfg.rope), rotary(cfg.sliding_rope), full, sliding, place, self.attention)
