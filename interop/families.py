@@ -440,6 +440,11 @@ def _read_gemma2(fields: Fields) -> DecoderConfig:
 
 
 def _read_gemma3(fields: Fields) -> DecoderConfig:
+    cap = fields.peek("attn_logit_softcapping")
+    if cap is not None:
+        raise fields.error(
+            "attn_logit_softcapping", cap, "None: transformers reads it for Gemma 3 but does not apply it"
+        )
     declared = _gemma2(fields)
     heads, hidden = fields.peek("num_attention_heads"), fields.peek("hidden_size")
     head_dim, positions = fields.peek("head_dim") or hidden // heads, fields.take("max_position_embeddings")

@@ -99,7 +99,9 @@ MODELS: dict[str, Model] = {
     "qwen3_moe": Model(
         {**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2}
         | {"moe_intermediate_size": 28, "mlp_only_layers": [1], "norm_topk_prob": True}
-        | {"use_sliding_window": True, "sliding_window": 7}
+        | {"use_sliding_window": True, "sliding_window": 7},
+        # PEFT takes `gate_proj` here for parameters of the routed experts, which its X-LoRA cannot mix.
+        mlp=(),
     ),
     "phi3": Model(
         {**_LLAMA, **LONGROPE, "sliding_window": 6}, attention=("qkv_proj", "o_proj"), mlp=("gate_up_proj", "down_proj")
@@ -109,14 +111,14 @@ MODELS: dict[str, Model] = {
         attention=("q_proj", "k_proj", "v_proj", "dense"),
         mlp=("fc1", "fc2"),
     ),
-    "gemma": Model({**_LLAMA, **_rope(), **_BIAS, "head_dim": 12}),
+    "gemma": Model({**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "tie_word_embeddings": False}),
     "gemma2": Model(
         {**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}
         | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}
     ),
     "gemma3_text": Model(
         {**_LLAMA, **_BIAS, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "layer_types": _SLIDING}
-        | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}
+        | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False}
         | {
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
