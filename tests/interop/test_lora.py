@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from interop import load_xlora
 from interop.errors import FormatError
 from interop.lora import (
     _FIELDS,
@@ -171,6 +172,29 @@ def test_handled_options_mean_what_peft_says(untied, tmp_path, option):
     assert_means_what_peft_says(fresh_base(untied), directory, IDS)
 
 
+# Those whose layers differ in kind, number, rank or parts; the others differ in numbers only.
+@pytest.mark.parametrize(
+    "option",
+    [
+        "both patterns, first match wins",
+        "lora_bias",
+        "regex targets",
+        "layers_to_transform",
+        "embedding and head",
+        "velora",
+    ],
+)
+def test_one_expert_alone_is_pefts_adapter(untied, tmp_path, option):
+    """In our forward pass: the softmax over one expert is 1, so that X-LoRA with it is the plain adapter."""
+    directory = make_adapter(untied, tmp_path, **HANDLED[option])
+    ours = load_xlora(untied, adapters={"alone": directory})(IDS.numpy())
+    theirs = run(PeftModel.from_pretrained(fresh_base(untied), str(directory)).eval(), IDS).numpy()
+    assert np.all(np.asarray(ours.scalings) == 1)
+    assert np.linalg.norm(ours.logits - theirs) <= 1e-5 * np.linalg.norm(theirs)
+    plain = run(fresh_base(untied), IDS).numpy()
+    assert np.linalg.norm(theirs - plain) > 1e-2 * np.linalg.norm(plain)
+
+
 def test_fan_in_fan_out_of_gpt2(tmp_path):
     config = transformers.GPT2Config(
         n_embd=24, n_layer=2, n_head=3, vocab_size=97, bos_token_id=None, eos_token_id=None
@@ -186,6 +210,9 @@ def test_fan_in_fan_out_of_gpt2(tmp_path):
     assert adapter.layers["transformer.h.0.attn.c_attn"].b.shape == (3, 72)
     assert adapter.layers["transformer.wte"].kind == "embedding"
     assert_means_what_peft_says(fresh_base(tmp_path / "base"), directory, IDS)
+    ours = load_xlora(tmp_path / "base", adapters={"alone": directory})(IDS.numpy()).logits
+    theirs = run(PeftModel.from_pretrained(fresh_base(tmp_path / "base"), str(directory)).eval(), IDS).numpy()
+    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
 def test_convolution(tmp_path):
