@@ -384,9 +384,11 @@ def find_expert(directory: Path, path: str) -> str | None:
     the path itself if there is a directory, else a hub id.
     """
     parts = Path(path).parts
-    for first in range(len(parts) - 1):  # not the last part alone: PEFT's numbered folders beside hold no adapters
+    for first in range(len(parts)):
         inside = directory.joinpath(*parts[first:])
-        if parts[first] not in (os.sep, "..") and (inside / CONFIG_FILE).is_file():
+        # PEFT's own folders in a checkpoint are called 0, 1, ... and hold no adapters.
+        plausible = parts[first] not in (os.sep, "..") and not (first == len(parts) - 1 and parts[first].isdigit())
+        if plausible and (inside / CONFIG_FILE).is_file():
             return str(inside)
     if Path(path).is_dir():
         return path

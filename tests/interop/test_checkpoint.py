@@ -291,6 +291,11 @@ class TestPlacesOfExperts:
         checkpoint = read_xlora(self.checkpoint(tmp_path / "new", a=str(old)))
         assert checkpoint.adapters == {"0": str(new)}
 
+    def test_directly_in_the_checkpoint(self, tmp_path):
+        path = self.expert(tmp_path / "x" / "math")
+        checkpoint = read_xlora(self.checkpoint(tmp_path / "x", a="/gone/math", b="math"))
+        assert checkpoint.adapters == {"0": str(path), "1": str(path)}
+
     def test_outside(self, tmp_path, monkeypatch):
         path = self.expert(tmp_path / "loras" / "math")
         monkeypatch.chdir(tmp_path)
