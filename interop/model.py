@@ -132,11 +132,13 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
 def _of_checkpoint(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None) -> Mapping[str, str | Path]:
     """The experts of a checkpoint, or those that replace them."""
     if adapters is None:
-        unknown = [name for name, path in trained.adapters.items() if path is None]
-        if unknown:
+        lost = [
+            f"{name} at {trained.config.adapters.get(name)!r}" for name, path in trained.adapters.items() if path is None
+        ]
+        if lost:
             raise FormatError(
-                f"{trained.directory}: the experts {', '.join(unknown)} are not where the checkpoint says; pass "
-                f"adapters={{name: directory or hub id}} in the same order"
+                f"{trained.directory}: experts are not where the checkpoint says: {', '.join(lost)}. Pass "
+                f"adapters={{name: directory or hub id}}, in the same order."
             )
         return {name: path for name, path in trained.adapters.items() if path is not None}
     if len(adapters) != len(trained.adapters):
