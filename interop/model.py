@@ -133,7 +133,9 @@ def _of_checkpoint(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] 
     """The experts of a checkpoint, or those that replace them."""
     if adapters is None:
         lost = [
-            f"{name} at {trained.config.adapters.get(name)!r}" for name, path in trained.adapters.items() if path is None
+            f"{name} at {trained.config.adapters.get(name)!r}"
+            for name, path in trained.adapters.items()
+            if path is None
         ]
         if lost:
             raise FormatError(
