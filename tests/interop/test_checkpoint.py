@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import ClassVar
 
+import jax
 import ml_dtypes
 import numpy as np
 import peft
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from interop import classifier_from_torch, classifier_to_torch, load_lora, load_xlora, repoint, save_lora
+from interop import classifier_from_torch, classifier_to_torch, load_lora, load_xlora, repoint, save_lora, save_xlora
 from interop.checkpoint import read_xlora, write_xlora
 from interop.errors import FormatError
 from tests import reference
@@ -909,6 +910,27 @@ class TestSavingOver:
         (tmp_path / "x" / "thesis.tex").write_text("")
         with pytest.raises(FileExistsError, match=r"thesis\.tex"):
             write_xlora(tmp_path / "x", layout="peft", **small_model())
+
+
+@pytest.mark.parametrize("layout", ["xlora", "mistralrs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_through_the_other_layouts(llama, experts, tmp_path, layout, dtype):
+    """The same logits to the bit, with changed experts too. (PEFT's layout: see `test_export.py`.)"""
+    config = XLoraConfig(
+        hidden_size=48, adapters={}, xlora_depth=3, xlora_size=24, xlora_dropout_p=0.0, layerwise_scalings=True
+    )
+    model = load_xlora(
+        llama, adapters=dict(zip(NAMES, experts(llama, "alike"), strict=True)), config=config, dtype=dtype
+    )
+    changed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 1.5 if path[-1].key == "lora_a" else leaf, model.params["experts"]
+    )
+    model = model.replace(params={**model.params, "experts": changed})
+    save_xlora(model, tmp_path / "x", layout=layout)
+    again = load_xlora(llama, checkpoint=tmp_path / "x", dtype=dtype)
+    assert again.expert_names == NAMES
+    assert again.layer_names == model.layer_names
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
 
 
 SAVER = """
