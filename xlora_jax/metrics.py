@@ -1,0 +1,90 @@
+"""Metrics of a run, to JSON lines and to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+__all__ = ["MetricsWriter", "peak_memory"]
+
+
+class MetricsWriter:
+    """Writes ``metrics.jsonl`` and TensorBoard's files; a context manager.
+
+    A run that is resumed drops what was logged after the checkpoint it starts from, so no step occurs twice.
+    """
+
+    def __init__(self, directory: str | Path, *, resumed_at: int = 0, tensorboard: bool = True) -> None:
+        """Open the files.
+
+        Args:
+            directory: of the run; created if need be.
+            resumed_at: entries of later steps are dropped.
+            tensorboard: also write TensorBoard's files, to ``directory/tensorboard``; needs ``tensorboardX``.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        _keep_until(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # type: ignore[import-untyped,unused-ignore]
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at + 1)
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Write one entry: ``kind`` is ``train`` or ``eval``."""
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def __enter__(self) -> MetricsWriter:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop entries of later steps, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory so far in GiB: of the first device where the backend tells, and of this process on the host."""
+    import resource
+    import sys
+
+    import jax
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = {"peak_host_gib": peak / 2**30}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        found["peak_device_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return found

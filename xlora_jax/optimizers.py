@@ -1,0 +1,85 @@
+"""Optimisers and learning-rate schedules by name, for those who do not bring an optax transformation of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "make_optimizer", "make_schedule"]
+
+Schedule = Callable[[Any], Any]
+
+# name -> (schedule, weight decay, first and second beta, epsilon) -> transformation
+OPTIMIZERS: dict[str, Callable[[Schedule, float, float, float, float], optax.GradientTransformation]] = {
+    "adamw": lambda rate, decay, b1, b2, eps: optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=decay),
+    "adam": lambda rate, decay, b1, b2, eps: optax.adam(rate, b1=b1, b2=b2, eps=eps),
+    "lion": lambda rate, decay, b1, b2, eps: optax.lion(rate, b1=b1, b2=b2, weight_decay=decay),
+    "adafactor": lambda rate, decay, b1, b2, eps: optax.adafactor(rate, weight_decay_rate=decay or None),
+    "sgd": lambda rate, decay, b1, b2, eps: optax.sgd(rate, momentum=b1 or None),
+}
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_schedule(name: str, peak: float, steps: int, warmup: int = 0) -> Schedule:
+    """Learning rate by step: a linear warm-up from 0, then constant, or down to 0 at the last step.
+
+    Args:
+        name: one of :data:`SCHEDULES`.
+        peak: the rate after the warm-up.
+        steps: of the whole training.
+        warmup: steps of the warm-up.
+
+    Raises:
+        ValueError: an unknown name, or a warm-up longer than the training.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
+    if not 0 <= warmup <= steps:
+        raise ValueError(f"warm-up: expected between 0 and the {steps} steps of the training, got {warmup}")
+    rest = max(steps - warmup, 1)
+    after: Schedule = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    }[name]()
+    if not warmup:
+        return after
+    joined: Schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    return joined
+
+
+def make_optimizer(
+    name: str,
+    schedule: Schedule,
+    *,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """Make an optimiser, after clipping of the gradient's global norm.
+
+    Args:
+        name: a key of :data:`OPTIMIZERS`.
+        schedule: learning rate by step.
+        weight_decay: decoupled, for those that have it (not ``adam`` and ``sgd``).
+        b1: decay of the first moment; the momentum of ``sgd``.
+        b2: decay of the second moment.
+        eps: of the adaptive ones.
+        max_grad_norm: clip to this norm; None for no clipping.
+
+    Raises:
+        ValueError: an unknown name, or a weight decay that the optimiser would ignore.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    if weight_decay and name in ("adam", "sgd"):
+        raise ValueError(f"optimizer {name!r} has no weight decay: expected 0, got {weight_decay}; use adamw")
+    optimizer = OPTIMIZERS[name](schedule, weight_decay, b1, b2, eps)
+    if max_grad_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
