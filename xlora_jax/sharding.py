@@ -186,7 +186,9 @@ def placer(mesh: Mesh, rules: Rules = RULES) -> Callable[[Path, Any], jax.Array]
 
     def place(path: Path, leaf: Any) -> jax.Array:
         sharding = NamedSharding(mesh, spec_of(path, leaf.shape, mesh, rules))
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and jax.process_count() == 1:
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if isinstance(leaf, jax.Array) and jax.process_count() == 1:
             placed: jax.Array = jax.device_put(leaf, sharding)
             return placed
         host = np.asarray(leaf)
