@@ -3,7 +3,7 @@
 torch is optional here: it is needed for `.bin` pickles and for handing over a live `torch.nn.Module` only.
 """
 
-from interop.base import load_base
+from interop.base import load_base, save_base
 from interop.checkpoint import classifier_from_torch, classifier_to_torch, repoint
 from interop.errors import FormatError
 from interop.lora import LoraAdapter, LoraLayer, load_lora, save_lora
@@ -19,6 +19,7 @@ __all__ = [
     "load_lora",
     "load_xlora",
     "repoint",
+    "save_base",
     "save_lora",
     "save_xlora",
 ]

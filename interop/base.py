@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
+from interop.atomic import replacing
 from interop.errors import FormatError
 from interop.families import LEAVES, Family, abstract_params, decoder_config, family_of
-from interop.files import file_in, read_json
+from interop.files import file_in, read_json, write_json
 from interop.hub import resolve
-from interop.tensors import LazyTensor, open_tensors, require_finite
+from interop.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
 from xlora_jax import BaseModel
 from xlora_jax.models import Decoder
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["BaseOrigin", "load_base"]
+__all__ = ["BaseOrigin", "Place", "load_base", "save_base"]
+
+Place = Callable[[TreePath, NDArray[Any]], jax.Array]
+
+_MAX_SHARD_BYTES = 5 * 10**9  # as transformers splits
+_COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
+)
+_OWNED = ("config.json", "model*.safetensors", "model.safetensors.index.json", *_COMPANIONS)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ def load_base(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     scan_layers: bool = True,
+    place: Place | None = None,
     **hub_options: Any,
 ) -> BaseModel:
     """Load an HF causal language model.
@@ -55,6 +70,8 @@ def load_base(
         dtype: of parameters and computation: float32, bfloat16 or float16. None takes the one in config.json, or
             float32.
         scan_layers: stack the blocks (fast to compile, any depth), or stand them side by side (fast to decode).
+        place: puts each parameter where it belongs as soon as it is read, given its path and its NumPy array:
+            :func:`xlora_jax.sharding.placer` of a mesh. None puts all on the default device.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
@@ -81,12 +98,22 @@ def load_base(
     module = Decoder(
         decoder_config(family, config, str(config_file)), dtype=dtype, param_dtype=dtype, scan_layers=scan_layers
     )
-    params = read_params(module, family, open_tensors(directory), dtype, str(directory))
+    params = read_params(module, family, open_tensors(directory), dtype, str(directory), place or put_on_default_device)
     return BaseModel(module, params, BaseOrigin(str(base), directory, family, config))
 
 
+def put_on_default_device(path: TreePath, leaf: NDArray[Any]) -> jax.Array:
+    """Place a parameter without a mesh."""
+    return jnp.asarray(leaf)
+
+
 def read_params(
-    module: Decoder, family: Family, tensors: Mapping[str, LazyTensor], dtype: np.dtype[Any], where: str
+    module: Decoder,
+    family: Family,
+    tensors: Mapping[str, LazyTensor],
+    dtype: np.dtype[Any],
+    where: str,
+    place: Place,
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
     if not any(name.startswith(family.prefix) for name in tensors):
@@ -101,8 +128,78 @@ def read_params(
             tensor = tensors[source.tensor]
             value = require_finite(tensor.read(), tensor.name, tensor.file)
             buffer[source.member] = value.T if source.transposed else value
-        params[path] = jnp.asarray(buffer)
+        params[path] = place(("base", *path), buffer)
     return unflatten(params)
+
+
+def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
+    """Write a base model as HF files, which transformers and :func:`load_base` read.
+
+    Parameters are written in the dtype that they have: an unchanged model loaded in its stored dtype comes back bit for
+    bit. The config is the one that was loaded, with that dtype; the tokenizer's files beside it are copied.
+
+    Args:
+        model: as :func:`load_base` gives it.
+        directory: created, or replaced as a whole.
+        max_shard_bytes: above this the tensors are split over several files, with an index.
+
+    Raises:
+        FileExistsError: the directory holds files that this function does not write.
+    """
+    origin: BaseOrigin = model.origin
+    with replacing(directory, owned=_OWNED) as folder:
+        config = read_json(origin.directory / "config.json")
+        config.pop("torch_dtype", None)
+        write_json(folder / "config.json", {**config, "dtype": jnp.dtype(model.module.param_dtype).name})
+        for name in _COMPANIONS:
+            if (companion := file_in(origin.directory, name)) is not None:
+                shutil.copyfile(companion, folder / name)
+        _write_shards(folder, _tensors(model), max_shard_bytes)
+
+
+def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
+    """The model's tensors under their names in files, each taken off the device when its turn comes."""
+    origin: BaseOrigin = model.origin
+    leaves = flatten(model.params)
+    tensors: dict[str, LazyTensor] = {}
+
+    def taken(leaf: jax.Array, source: _Source) -> NDArray[Any]:
+        value = np.asarray(leaf[source.member])
+        return value.T if source.transposed else value
+
+    for path, (shape, sources) in _sources(model.module, origin.family).items():
+        for source in sources:
+            own = shape[len(source.member) :]
+            tensors[source.tensor] = LazyTensor(
+                source.tensor,
+                origin.directory,
+                np.dtype(leaves[path].dtype),
+                own[::-1] if source.transposed else own,
+                partial(taken, leaves[path], source),
+            )
+    return tensors
+
+
+def _write_shards(directory: Path, tensors: Mapping[str, LazyTensor], max_bytes: int) -> None:
+    shards: list[dict[str, LazyTensor]] = [{}]
+    filled = total = 0
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if filled and filled + size > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+        total += size
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", shards[0])
+        return
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(directory / file, shard)
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.base import BaseOrigin
+from interop.base import BaseOrigin, Place, put_on_default_device
 from interop.errors import FormatError
 from interop.families import ADAPTABLE, LEAVES, Placed, abstract_params
 from interop.lora import LoraAdapter, LoraLayer, renamed
@@ -54,7 +54,7 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
 
 
 def stack_experts(
-    adapters: Sequence[LoraAdapter], base: BaseModel, dtype: np.dtype[Any]
+    adapters: Sequence[LoraAdapter], base: BaseModel, dtype: np.dtype[Any], place: Place = put_on_default_device
 ) -> tuple[dict[str, Any], AdaptedLayers]:
     """Stack adapters into the ``experts`` collection of a base model.
 
@@ -62,6 +62,7 @@ def stack_experts(
         adapters: one per expert, in the order of the classifier's outputs, as :func:`fit_adapters` gives them.
         base: what they adapt.
         dtype: of ``lora_a`` and ``lora_b``. The columns' scales are float32.
+        place: see :func:`interop.load_base`.
 
     Returns:
         The collection, and the layers numbered as PEFT does.
@@ -85,7 +86,8 @@ def stack_experts(
         numbers = (slot.numbers,) if isinstance(slot.numbers, int) else slot.numbers
         members = [[] if number == ABSENT else pieces[layers.names[number]] for number in numbers]
         for leaf, stacked in _stack(members, shapes[slot.path], len(adapters), dtype).items():
-            flat[(*slot.path, leaf)] = jnp.asarray(stacked[0] if isinstance(slot.numbers, int) else stacked)
+            path = (*slot.path, leaf)
+            flat[path] = place(("experts", *path), stacked[0] if isinstance(slot.numbers, int) else stacked)
     return unflatten(flat), layers
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.base import load_base
+from interop.base import Place, load_base, put_on_default_device
 from interop.checkpoint import XLoraCheckpoint, read_xlora, write_xlora
 from interop.errors import FormatError
 from interop.experts import fit_adapters, stack_experts, unstack_experts
@@ -21,6 +21,7 @@ from interop.hub import resolve
 from interop.lora import LoraAdapter, load_lora
 from xlora_jax import BaseModel, XLoraConfig, XLoraModel
 from xlora_jax.layers import AdaptedLayers
+from xlora_jax.trees import flatten, unflatten
 
 __all__ = ["XLoraOrigin", "load_xlora", "save_xlora"]
 
@@ -50,6 +51,7 @@ def load_xlora(
     expert_dtype: jax.typing.DTypeLike = "float32",
     seed: int = 0,
     scan_layers: bool = True,
+    place: Place | None = None,
     **hub_options: Any,
 ) -> XLoraModel:
     """Put a base model, its experts and a classifier together.
@@ -65,6 +67,7 @@ def load_xlora(
             float32.
         seed: of a new classifier.
         scan_layers: see :func:`interop.load_base`.
+        place: see :func:`interop.load_base`; experts and classifier go through it too.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
 
     Returns:
@@ -86,19 +89,21 @@ def load_xlora(
         raise ValueError("no experts: pass adapters={name: directory or hub id}")
     base_model = base
     if not isinstance(base_model, BaseModel):
-        base_model = load_base(base_model, dtype=dtype, scan_layers=scan_layers, **hub_options)
+        base_model = load_base(base_model, dtype=dtype, scan_layers=scan_layers, place=place, **hub_options)
     elif dtype is not None and jnp.dtype(dtype) != jnp.dtype(base_model.module.dtype):
         raise ValueError(f"dtype {dtype} differs from that of the base model given, {base_model.module.dtype}")
     config = _fitted(config, adapters, base_model)
 
     loaded = fit_adapters([load_lora(path, name=name, **hub_options) for name, path in adapters.items()], base_model)
-    experts, layers = stack_experts(loaded, base_model, jnp.dtype(expert_dtype))
+    place = place or put_on_default_device
+    experts, layers = stack_experts(loaded, base_model, jnp.dtype(expert_dtype), place)
     origin = XLoraOrigin(base_model.origin, loaded, {} if trained is None else trained.extras)
     params = {"base": base_model.params, "experts": experts, "classifier": {}}
     model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin)
     template = _classifier_template(model, seed)
     classifier = template if trained is None else _trained_classifier(trained, template, config, layers)
-    return model.replace(params={**params, "classifier": classifier})
+    placed = {path: place(("classifier", *path), np.asarray(leaf)) for path, leaf in flatten(classifier).items()}
+    return model.replace(params={**params, "classifier": unflatten(placed)})
 
 
 def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -> None:
