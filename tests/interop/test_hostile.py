@@ -209,7 +209,7 @@ class TestCheckpoints:
 
         write_xlora(tmp_path / "x", layout="peft", **small_model(1, False))
         shutil.rmtree(tmp_path / "x" / "experts")
-        with pytest.raises(FormatError, match="the experts math, code, prose are not where the checkpoint says"):
+        with pytest.raises(FormatError, match=r"not where the checkpoint says: math.*code.*prose"):
             load_xlora(base("llama"), checkpoint=tmp_path / "x")
 
     def test_of_another_base(self, base, lora, tmp_path):
