@@ -122,13 +122,15 @@ def read_params(
     wanted = _sources(module, family)
     _check(wanted, tensors, family, module, where)
     params: dict[TreePath, jax.Array] = {}
-    for path, (shape, sources) in wanted.items():
+    # The largest leaf comes first: what reading a leaf takes besides it is then largest while the model is smallest.
+    for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
         buffer = np.empty(shape, dtype)
         for source in sources:
             tensor = tensors[source.tensor]
             value = require_finite(tensor.read(), tensor.name, tensor.file)
             buffer[source.member] = value.T if source.transposed else value
-        params[path] = place(("base", *path), buffer)
+        # Placing is asynchronous: without waiting, the buffers of several leaves would stand beside one another.
+        params[path] = jax.block_until_ready(place(("base", *path), buffer))
     return unflatten(params)
 
 

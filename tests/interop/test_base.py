@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from interop import load_base, save_base
-from interop.tensors import open_tensors
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
@@ -67,17 +66,20 @@ def test_parameters_are_placed_as_they_are_read(base: Callable[..., Path]) -> No
     assert all(leaf.sharding == NamedSharding(mesh, P()) for leaf in jax.tree.leaves(model.params))
 
 
+# VmHWM is this process's own; ru_maxrss would begin with that of the process that started it.
 PEAK = """
-import resource, sys
+import re, sys
 import jax, numpy as np
+from transformers import AutoConfig
 from interop import load_base
+AutoConfig.from_pretrained(sys.argv[1])
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 jax.numpy.zeros(1).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 model = load_base(sys.argv[1], dtype="bfloat16")
-jax.block_until_ready(model.params)
-leaves = jax.tree.leaves(model.params)
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-print(peak, sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for leaf in leaves))
+leaves = jax.tree.leaves(jax.block_until_ready(model.params))
+print(peak() - before, sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for leaf in leaves))
 """
 
 
@@ -102,6 +104,4 @@ def test_peak_memory_is_the_model_and_one_stacked_tensor(tmp_path: Path) -> None
     )
     peak, total, largest = map(int, done.stdout.split())
     assert total > 1e9
-    one_stored = max(t.dtype.itemsize * int(np.prod(t.shape)) for t in open_tensors(tmp_path / "base").values())
-    # Beside the model and a stacked leaf: one tensor as stored, and what importing and reading allocates.
-    assert peak <= total + largest + one_stored + 100e6, (peak, total, largest, one_stored)
+    assert peak <= total + largest, (peak, total, largest)
