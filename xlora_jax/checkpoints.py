@@ -6,7 +6,6 @@ on. A checkpoint is complete or is not there; one that can't be written leaves t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,10 +90,20 @@ class Checkpoints:
             self._manager.check_for_errors()
             self._manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=ocp.args.JsonSave(dict(data))),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_plain(state)),
+                    data=ocp.args.JsonSave({"shapes": _shapes(state), "data": dict(data)}),
+                ),
             )
         except Exception as error:
             raise self._failed(step, error) from error
+
+    def check(self) -> None:
+        """Raise CheckpointError if one can't be written, as soon as that is known."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(None, error) from error
 
     def wait(self) -> None:
         """Wait until everything is written.
@@ -126,21 +135,33 @@ class Checkpoints:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _plain(like)
         )
+        where = self.directory / str(step)
         try:
-            read = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
-            )
+            described = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+            there, here = described["shapes"], _shapes(like)
+            differ = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+            if differ:
+                name = differ[0]
+                raise CheckpointError(
+                    f"{where}: is of another model or optimiser: {name} is {there.get(name, 'absent')} there and "
+                    f"{here.get(name, 'absent')} here, {len(differ)} arrays differ in all. Give the settings of the "
+                    f"run that wrote it, or another output directory."
+                )
+            leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
+                "state"
+            ]
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(
-                f"{self.directory / str(step)}: can't be read as a checkpoint of this run: {error}. Give the settings "
-                f"of the run that wrote it, or another output directory."
+                f"{where}: can't be read ({type(error).__name__}: {error}). Remove it to go on from the checkpoint "
+                f"before it, or give another output directory."
             ) from error
-        leaves = read["state"]
         state = TrainState(
             **{name: leaves[name] for name in leaves if name != "rng"},
             rng=jax.random.wrap_key_data(leaves["rng"], impl=jax.random.key_impl(like.rng)),
         )
-        return state, json.loads(json.dumps(read["data"]))
+        return state, dict(described["data"])
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointError:
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
@@ -153,6 +174,14 @@ class Checkpoints:
             f"{self.directory}: {which} can't be written ({type(error).__name__}: {error}); {good}. Make room, or the "
             f"directory writable, and start again with the same settings to go on from there."
         )
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    """Shape and dtype of every array, by path."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype.name}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(_plain(state))
+    }
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def read_records(source: str | Path | Iterable[Record]) -> Sequence[Record]:
         records = cast(Sequence[Record], source if isinstance(source, Sequence) else list(source))
     else:
         path = Path(source)
+        if not path.exists():
+            raise ValueError(f"{path}: expected a file or directory of records; there is nothing of this name")
         if path.suffix == ".jsonl":
             records = [_parse(line, path, number) for number, line in enumerate(_lines(path), 1) if line.strip()]
         elif path.suffix == ".txt":
@@ -84,7 +86,6 @@ def read_records(source: str | Path | Iterable[Record]) -> Sequence[Record]:
         else:
             raise ValueError(
                 f"{path}: expected a .jsonl or .txt file, or a directory written by datasets' save_to_disk"
-                + ("" if path.exists() else "; there is nothing of this name")
             )
     if not len(records):
         raise ValueError(f"{source if isinstance(source, str | Path) else 'the data'}: expected records, got none")

@@ -384,6 +384,8 @@ def _loop(
             _check_finite(before, config, output, number - 1)
             progress(number - 1, log.step(number - 1, before[1]))
         before = (jnp.copy(run.state.skipped_in_row), metrics, batch)
+        if checkpoints is not None:
+            checkpoints.check()
         stopping = stop.asked(number)
         if (config.eval_every and number % config.eval_every == 0) or number == config.steps:
             for name, rows in eval_rows.items():
