@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from interop.atomic import replacing
+from interop.base_config import read_config
 from interop.errors import FormatError
-from interop.families import LEAVES, Family, abstract_params, decoder_config, family_of
+from interop.families import LEAVES, Family, abstract_params, decoder_config
 from interop.files import file_in, read_json, write_json
 from interop.hub import resolve
 from interop.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
@@ -26,7 +27,7 @@ from xlora_jax.models import Decoder
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["BaseOrigin", "Place", "load_base", "save_base"]
+__all__ = ["BaseOrigin", "Place", "UnreadLeaf", "load_base", "open_base", "save_base"]
 
 Place = Callable[[TreePath, NDArray[Any]], jax.Array]
 
@@ -82,29 +83,94 @@ def load_base(
             value that is not implemented.
     """
     directory = resolve(base, **hub_options)
+    module, origin = _declare(base, directory, dtype, scan_layers)
+    tensors = open_tensors(directory)
+    place = place or put_on_default_device
+    params = read_params(module, origin.family, tensors, np.dtype(module.param_dtype), str(directory), place)
+    return BaseModel(module, params, origin)
+
+
+def _declare(
+    base: str | Path, directory: Path, dtype: jax.typing.DTypeLike | None, scan_layers: bool
+) -> tuple[Decoder, BaseOrigin]:
+    """The module that config.json describes."""
     config_file = file_in(directory, "config.json")
     if config_file is None:
         raise FormatError(f"{directory}: no config.json; expected the directory of an HF base model.")
-    family = family_of(read_json(config_file).get("model_type"), str(config_file))
-
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(directory).to_dict()
+    family, config = read_config(config_file)
     if dtype is None:
         dtype = config.get("dtype") or "float32"
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    module = Decoder(
-        decoder_config(family, config, str(config_file)), dtype=dtype, param_dtype=dtype, scan_layers=scan_layers
-    )
-    params = read_params(module, family, open_tensors(directory), dtype, str(directory), place or put_on_default_device)
-    return BaseModel(module, params, BaseOrigin(str(base), directory, family, config))
+    declared = decoder_config(family, config, str(config_file))
+    module = Decoder(declared, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
+    return module, BaseOrigin(str(base), directory, family, config)
+
+
+@dataclass(frozen=True)
+class UnreadLeaf:
+    """A parameter in a file: shape and dtype are known, its values are read when NumPy asks for them.
+
+    Attributes:
+        shape: as the module has it.
+        dtype: likewise.
+        read: reads the values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], NDArray[Any]]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The values, for `numpy.asarray`."""
+        return self.read().astype(self.dtype if dtype is None else dtype, copy=False)
+
+
+def open_base(base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, **hub_options: Any) -> BaseModel:
+    """Open an HF causal language model without reading its weights: to hold adapters and checkpoints against it.
+
+    Of a hub id only config.json is fetched; names and shapes of tensors are checked where the weights are there.
+
+    Args:
+        base: as of :func:`load_base`.
+        dtype: likewise.
+        **hub_options: likewise.
+
+    Returns:
+        A model whose parameters are instances of :class:`UnreadLeaf`.
+
+    Raises:
+        FormatError: what :func:`load_base` would refuse, but for values of weights.
+    """
+    directory = resolve(base, files=("config.json",), **hub_options)
+    module, origin = _declare(base, directory, dtype, True)
+    is_local = Path(base).expanduser().is_dir()
+
+    def absent() -> NDArray[Any]:
+        raise FileNotFoundError(f"{base}: its weights are needed for this, and not downloaded: `hf download {base}`.")
+
+    if not is_local and not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+        shapes = flatten(abstract_params(module))
+        unread = {path: UnreadLeaf(leaf.shape, np.dtype(leaf.dtype), absent) for path, leaf in shapes.items()}
+        return BaseModel(module, unflatten(unread), origin)
+    wanted, tensors = _checked(module, origin.family, open_tensors(directory), str(directory))
+    dtype = np.dtype(module.param_dtype)
+    unread = {
+        path: UnreadLeaf(shape, dtype, partial(_fill, shape, sources, tensors, dtype))
+        for path, (shape, sources) in wanted.items()
+    }
+    return BaseModel(module, unflatten(unread), origin)
 
 
 def put_on_default_device(path: TreePath, leaf: NDArray[Any]) -> jax.Array:
     """Place a parameter without a mesh."""
     return jnp.asarray(leaf)
+
+
+def leave_in_memory(path: TreePath, leaf: NDArray[Any]) -> Any:
+    """Place a parameter nowhere: for a model that is held against something or written, and never run."""
+    return leaf
 
 
 def read_params(
@@ -116,22 +182,25 @@ def read_params(
     place: Place,
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
-    if not any(name.startswith(family.prefix) for name in tensors):
-        # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
-        tensors = {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
-    wanted = _sources(module, family)
-    _check(wanted, tensors, family, module, where)
+    wanted, tensors = _checked(module, family, tensors, where)
     params: dict[TreePath, jax.Array] = {}
     # The largest leaf comes first: what reading a leaf takes besides it is then largest while the model is smallest.
     for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
-        buffer = np.empty(shape, dtype)
-        for source in sources:
-            tensor = tensors[source.tensor]
-            value = require_finite(tensor.read(), tensor.name, tensor.file)
-            buffer[source.member] = value.T if source.transposed else value
         # Placing is asynchronous: without waiting, the buffers of several leaves would stand beside one another.
-        params[path] = jax.block_until_ready(place(("base", *path), buffer))
+        params[path] = jax.block_until_ready(place(("base", *path), _fill(shape, sources, tensors, dtype)))
     return unflatten(params)
+
+
+def _fill(
+    shape: tuple[int, ...], sources: Sequence[_Source], tensors: Mapping[str, LazyTensor], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """Read one leaf."""
+    buffer = np.empty(shape, dtype)
+    for source in sources:
+        tensor = tensors[source.tensor]
+        value = require_finite(tensor.read(), tensor.name, tensor.file)
+        buffer[source.member] = value.T if source.transposed else value
+    return buffer
 
 
 def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
@@ -226,6 +295,18 @@ def _sources(module: Decoder, family: Family) -> dict[TreePath, tuple[tuple[int,
     unfilled = shapes.keys() - wanted.keys()
     assert not unfilled, f"no row of the family's table fills {unfilled}"
     return wanted
+
+
+def _checked(
+    module: Decoder, family: Family, tensors: Mapping[str, LazyTensor], where: str
+) -> tuple[Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]], Mapping[str, LazyTensor]]:
+    """Where each leaf of the parameters comes from, and the tensors under their full names, after a check of both."""
+    if not any(name.startswith(family.prefix) for name in tensors):
+        # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
+        tensors = {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
+    wanted = _sources(module, family)
+    _check(wanted, tensors, family, module, where)
+    return wanted, tensors
 
 
 def _check(

@@ -78,7 +78,7 @@ class XLoraCheckpoint:
         directory: where it was read from.
         layout: "peft", "xlora" or "mistralrs".
         config: its settings.
-        classifier: (weight [inputs, outputs], bias [outputs] or None) of its linear layers, in order, in stored dtypes.
+        classifier: (weight [inputs, outputs], bias [outputs]) of its linear layers, in order, in stored dtypes.
         adapters: expert name to directory or hub id, in the order of the classifier's outputs; None where the
             checkpoint names one that isn't to be found.
         layer_names: the adapted layers by their numbers, or None where the checkpoint doesn't tell.
@@ -322,8 +322,10 @@ def _read_original(directory: Path, config_path: Path, ordering: _Ordering) -> X
     if path is None:
         raise FileNotFoundError(f"{directory}: no {' or '.join(candidates)}.")
     tensors = open_file(path)
+    # Up to depth 2 the classifier's tensors have the same names in both; there the experts' files tell.
     consecutive = "inner.1.weight" in tensors
-    layout: Layout = "mistralrs" if consecutive else "xlora"
+    flat = config.xlora_depth <= 2 and any(str(place).endswith(".safetensors") for place in adapters.values())
+    layout: Layout = "mistralrs" if consecutive or flat else "xlora"
     classifier = _read_classifier(tensors, layout, config, len(adapters), ordering.layers, directory)
     return XLoraCheckpoint(directory, layout, config, classifier, adapters, ordering.layers, extras)
 
@@ -361,6 +363,17 @@ def _read_classifier(
                     f"layerwise_scalings {config.layerwise_scalings}."
                 )
         classifier.append((read_finite(weight).T, None if bias is None else read_finite(bias)))
+    lacking = [
+        f"{name}.bias {list(weight.shape[1:])}"
+        for name, (weight, bias) in zip(names, classifier, strict=True)
+        if bias is None
+    ]
+    if lacking:
+        raise FormatError(
+            f"{directory}: the classifier has no bias (use_bias false), which neither PEFT nor this library has. Zeros "
+            f"compute the same: add {', '.join(lacking)} of zeros to {tensors[f'{names[0]}.weight'].file.name} and set "
+            f"use_bias to true in {XLORA_CONFIG_FILE}."
+        )
     return classifier
 
 

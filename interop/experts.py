@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -179,8 +178,9 @@ def _weight(base: BaseModel, place: Placed) -> NDArray[Any]:
         # A tied head borrows the embedding table.
         own = leaves[("embed_tokens", "embedding")] if kernel is None else kernel
         if kernel is not None and LEAVES[place.kind]["kernel"][1]:
-            own = jnp.swapaxes(own, -1, -2)
-    return np.asarray(own[place.member])
+            own = np.swapaxes(np.asarray(own), -1, -2)
+    weight: NDArray[Any] = np.asarray(own)[place.member]
+    return weight
 
 
 def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:

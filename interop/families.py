@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
+from interop.errors import FormatError, brief
 from xlora_jax.layers import ABSENT, AdaptedLayers, Slot
 from xlora_jax.models import Decoder, DecoderConfig, Rope, RoutedMLP
 from xlora_jax.trees import flatten
@@ -211,9 +212,16 @@ class Fields:
             raise self.error(name, value, "an object")
         return Fields(value, f"{self._where}, {name}")
 
-    def error(self, name: str, value: object, expected: str) -> ValueError:
+    def number(self, name: str) -> float:
+        """Return a field that is a number above 0, and strike it off."""
+        value: Any = self.take(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.error(name, value, "a number above 0")
+        return cast(float, value)
+
+    def error(self, name: str, value: object, expected: str) -> FormatError:
         """Make the error for a field that has no meaning here."""
-        return ValueError(f"{self._where}: field {name!r}: expected {expected}, got {value!r}")
+        return FormatError(f"{self._where}: field {name!r}: expected {expected}, got {brief(value)}")
 
     def finish(self, neutral: Mapping[str, tuple[Any, ...]], without_effect: Collection[str] = ()) -> None:
         """Refuse what is left, unless it is at a neutral value or known to have no effect."""
@@ -222,9 +230,9 @@ class Fields:
                 continue
             if name in neutral:
                 raise self.error(name, value, f"{neutral[name][0]!r}, the only value that is implemented")
-            raise ValueError(
-                f"{self._where}: field {name!r} (value {value!r}) is not implemented, and ignoring it could change the "
-                f"output; if it does not matter for your model, remove it from config.json"
+            raise FormatError(
+                f"{self._where}: field {name!r} (value {brief(value)}) is not implemented, and ignoring it could "
+                f"change the output; if it does not matter for your model, remove it from config.json"
             )
 
 
@@ -277,13 +285,15 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> Dec
         where: what to call it in errors.
 
     Raises:
-        ValueError: a field has a value that is not implemented; the message names it.
+        FormatError: a field has a value that is not implemented, or none at all; the message names it.
     """
     fields = Fields(config, where)
     try:
         declared = family.read(fields)
-    except ValueError as error:
-        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
+    except FormatError:
+        raise
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{where}: a field has no meaning for {family.model_type}: {error}") from error
     fields.finish(_NEUTRAL, _WITHOUT_EFFECT)
     return declared
 
@@ -297,18 +307,18 @@ def _rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool = Fa
         max_positions: ``max_position_embeddings``.
         partial: whether the family's attention can rotate a part of each head.
     """
-    kind, theta = rope.take("rope_type", "default"), rope.take("rope_theta")
+    kind, theta = rope.take("rope_type", "default"), rope.number("rope_theta")
     rope.take("type")  # the old name of rope_type, which transformers has read already
     dim = int(head_dim * rope.take("partial_rotary_factor", 1.0)) if partial else head_dim
     read: dict[str, Any] = {}
     if kind == "linear":
-        read = {"factor": rope.take("factor")}
+        read = {"factor": rope.number("factor")}
     elif kind == "llama3":
         read = {
-            "factor": rope.take("factor"),
-            "low_freq_factor": rope.take("low_freq_factor"),
-            "high_freq_factor": rope.take("high_freq_factor"),
-            "original_length": rope.take("original_max_position_embeddings"),
+            "factor": rope.number("factor"),
+            "low_freq_factor": rope.number("low_freq_factor"),
+            "high_freq_factor": rope.number("high_freq_factor"),
+            "original_length": rope.number("original_max_position_embeddings"),
         }
     elif kind in ("yarn", "longrope"):
         original = rope.take("original_max_position_embeddings")
@@ -788,7 +798,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: object, where: str) -> Family:
-    """Return the family of a ``model_type``, or raise a ValueError that lists those there are."""
+    """Return the family of a ``model_type``, or raise a FormatError that lists those there are."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{where}: field 'model_type': expected one of {', '.join(FAMILIES)}, got {model_type!r}")
+        raise FormatError(
+            f"{where}: field 'model_type': expected one of {', '.join(FAMILIES)}, got {brief(model_type)}"
+        )
     return FAMILIES[model_type]

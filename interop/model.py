@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from xlora_jax import BaseModel, XLoraConfig, XLoraModel
 from xlora_jax.layers import AdaptedLayers
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["XLoraOrigin", "load_xlora", "save_xlora"]
+__all__ = ["XLoraOrigin", "experts_of", "load_xlora", "save_xlora"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def load_xlora(
     trained = None if checkpoint is None else read_xlora(resolve(checkpoint, **hub_options))
     if trained is not None:
         config = trained.config
-        adapters = _of_checkpoint(trained, adapters)
+        adapters = experts_of(trained, adapters)
     elif adapters is None:
         adapters = None if config is None else config.adapters
     if not adapters:
@@ -100,8 +101,11 @@ def load_xlora(
     origin = XLoraOrigin(base_model.origin, loaded, {} if trained is None else trained.extras)
     params = {"base": base_model.params, "experts": experts, "classifier": {}}
     model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin)
-    template = _classifier_template(model, seed)
-    classifier = template if trained is None else _trained_classifier(trained, template, config, layers)
+    classifier = (
+        _new_classifier(model, seed)
+        if trained is None
+        else _trained_classifier(trained, jax.eval_shape(partial(_new_classifier, model, seed)), config, layers)
+    )
     placed = {path: place(("classifier", *path), np.asarray(leaf)) for path, leaf in flatten(classifier).items()}
     return model.replace(params={**params, "classifier": unflatten(placed)})
 
@@ -134,8 +138,13 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
     )
 
 
-def _of_checkpoint(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None) -> Mapping[str, str | Path]:
-    """The experts of a checkpoint, or those that replace them."""
+def experts_of(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None = None) -> Mapping[str, str | Path]:
+    """The experts of a checkpoint, or those that replace them.
+
+    Raises:
+        FormatError: experts of the checkpoint are not where it says.
+        ValueError: another number of them.
+    """
     if adapters is None:
         lost = [
             f"{name} at {trained.config.adapters.get(name)!r}"
@@ -170,7 +179,7 @@ def _fitted(config: XLoraConfig | None, adapters: Mapping[str, str | Path], base
     return dataclasses.replace(config, adapters=paths)
 
 
-def _classifier_template(model: XLoraModel, seed: int) -> dict[str, Any]:
+def _new_classifier(model: XLoraModel, seed: int) -> dict[str, Any]:
     """A new classifier's parameters."""
     hidden = jax.ShapeDtypeStruct((1, 1, model.config.hidden_size), model.module.dtype)
     init = jax.jit(model.xlora.classifier.init)
@@ -194,8 +203,7 @@ def _trained_classifier(
     params: dict[str, Any] = {}
     for i, (weight, bias) in enumerate(trained.classifier):
         want = template[f"dense_{i}"]
-        if bias is None:
-            raise FormatError(f"{trained.directory}: layer {i} of the classifier has no bias (use_bias false)")
+        assert bias is not None, "read_xlora has refused that"
         if weight.shape != want["kernel"].shape:
             last = i == config.xlora_depth - 1
             reason = f"{len(config.adapters)} experts, {len(layers)} adapted layers, " if last else ""

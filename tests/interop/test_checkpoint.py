@@ -426,8 +426,20 @@ class TestOriginal:
 
     def test_no_bias(self, tmp_path):
         module = OriginalClassifier(8, 6, 2, 2, bias=False)
-        checkpoint = read_xlora(original(tmp_path, module, xlora_depth=2, use_bias=False))
-        assert [bias for _, bias in checkpoint.classifier] == [None, None]
+        directory = original(tmp_path, module, xlora_depth=2, use_bias=False)
+        zeros = r"Zeros compute the same.*: add inner\.0\.bias \[6\], last\.bias \[\d+\] .*use_bias to true"
+        with pytest.raises(FormatError, match=rf"has no bias \(use_bias false\).*{zeros}"):
+            read_xlora(directory)
+
+    def test_no_bias_but_zeros(self, tmp_path):
+        """The way that the refusal shows."""
+        module = OriginalClassifier(8, 6, 2, 2, bias=False)
+        directory = original(tmp_path, module, xlora_depth=2, use_bias=True)
+        path = directory / "xlora_classifier.safetensors"
+        tensors = load_file(path)
+        zeros = {f"{name}.bias": torch.zeros(len(tensors[f"{name}.weight"])) for name in ("inner.0", "last")}
+        save_file(tensors | zeros, path)
+        assert [bias.any() for _, bias in read_xlora(directory).classifier] == [False, False]
 
     def test_no_relu(self, tmp_path):
         module = OriginalClassifier(8, 6, 3, 2, relu=False)
@@ -518,8 +530,7 @@ def test_every_layout_both_ways(tmp_path, layout, depth, layerwise):
     write_xlora(tmp_path / "x", layout=layout, **model)
     checkpoint = read_xlora(tmp_path / "x")
     assert_same_model(checkpoint, model, dropout=layout != "mistralrs")
-    # At depths 1 and 2 the numbers of the original layout and of mistral.rs are the same.
-    assert checkpoint.layout == ("xlora" if layout == "mistralrs" and depth < 3 else layout)
+    assert checkpoint.layout == layout
 
 
 def test_through_all_layouts_and_back(tmp_path):
