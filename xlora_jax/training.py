@@ -47,7 +47,8 @@ _INPUTS = ("input_ids", "attention_mask", "positions", "segment_ids")
 # What a batch may hold; a step refuses anything else.
 BATCH_KEYS = (*_INPUTS, "labels", "scaling_hidden")
 
-Batch = Mapping[str, jax.Array]
+# NumPy arrays or JAX arrays.
+Batch = Mapping[str, Any]
 
 
 def split_params(params: Params, config: XLoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
