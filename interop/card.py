@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 
 from interop.hub import is_hub_id
@@ -64,7 +65,11 @@ The base has to be named as in `xlora_ordering.json`. `xlora_dropout_p` is 0 her
 classifier's dropout when it generates; an expert's `lora_alpha` is the one that gives its scale as alpha / r.
 """
 
-_ELSEWHERE = "Not in this layout; `xlora-jax export --layout {layout}` writes it.\n"
+_ELSEWHERE = """\
+Not in this layout. This writes it:
+
+    xlora-jax export --base {base} --checkpoint DIR --layout {layout} --output OUTPUT
+"""
 
 
 def model_card(
@@ -123,7 +128,11 @@ def model_card(
         _HERE.format(base=base),
     ]
     for kind, (title, text) in loading.items():
-        lines += [f"### {title}", "", text if kind == layout else _ELSEWHERE.format(layout=kind)]
+        lines += [
+            f"### {title}",
+            "",
+            text if kind == layout else _ELSEWHERE.format(base=shlex.quote(base_model), layout=kind),
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from xlora_jax.cli import export, inspect
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -13,6 +15,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+app.command("inspect")(inspect.command)
+app.command("export")(export.command)
 
 
 def main() -> None:

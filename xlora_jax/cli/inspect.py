@@ -1,0 +1,58 @@
+"""``xlora-jax inspect``: what a directory is, and whether it would be loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["command"]
+
+
+def command(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR...", help="Base models, LoRA adapters or X-LoRA checkpoints: directories or hub ids."
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="HF base model, directory or hub id: would each of them go with it?")
+    ] = None,
+) -> None:
+    """Say what each path is, what is in it, and what would be refused and why.
+
+    Weights of base models are not read, only what their files say of them. The exit code is 1 if anything would be
+    refused.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from interop.base import open_base
+    from interop.inspection import inspect_path
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    try:
+        opened = None if base is None else open_base(base)
+    except (ValueError, OSError, ImportError) as error:
+        console.print(Text(f"--base: refused: {error}", style="red"))
+        raise typer.Exit(1) from None
+    refused = False
+    for path in paths:
+        found = inspect_path(path, opened)
+        refused |= bool(found.refused)
+        table = Table(show_header=False, title=Text(path), title_justify="left")
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(overflow="fold")
+        rows = [("what it is", found.kind, "")]
+        rows += [(topic, fact, "") for topic, fact in found.facts.items()]
+        rows += [("note", note, "yellow") for note in found.notes]
+        rows += [("refused", reason, "red") for reason in found.refused]
+        for topic, text, style in rows:
+            table.add_row(Text(topic), Text(text, style=style))
+        console.print(table)
+    if refused:
+        raise typer.Exit(1)
