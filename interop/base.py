@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -238,7 +238,7 @@ def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
         value = np.asarray(leaf[source.member])
         return value.T if source.transposed else value
 
-    for path, (shape, sources) in _sources(model.module, origin.family).items():
+    for path, (shape, sources) in _sources(cast(Decoder, model.module), origin.family).items():
         for source in sources:
             own = shape[len(source.member) :]
             tensors[source.tensor] = LazyTensor(

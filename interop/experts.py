@@ -6,8 +6,8 @@ Axes: D input, F output, N experts, R stacked ranks of a layer, L stacked blocks
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,19 +19,13 @@ from interop.families import ADAPTABLE, LEAVES, Placed, abstract_params
 from interop.lora import LoraAdapter, LoraLayer, renamed
 from xlora_jax import BaseModel
 from xlora_jax.layers import ABSENT, AdaptedLayers
+from xlora_jax.models import Decoder
+from xlora_jax.stacking import Piece, stack_pieces
 from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["fit_adapters", "stack_experts", "unstack_experts"]
 
 _KERNELS = ("kernel", "embedding")
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One expert's LoRA layer, and which expert it is of."""
-
-    expert: int
-    layer: LoraLayer
 
 
 def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[LoraAdapter, ...]:
@@ -41,7 +35,7 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
         FormatError: an adapter has a layer that the base has not, or of another shape, or its own weights of the base.
     """
     origin: BaseOrigin = base.origin
-    module = base.module
+    module = cast(Decoder, base.module)
     shapes = _layer_shapes(base)
     places = {placed.hf: placed for placed in origin.family.modules(module) if placed.kind in ADAPTABLE}
     fitted = tuple(renamed(adapter, places) for adapter in adapters)
@@ -70,21 +64,21 @@ def stack_experts(
         FormatError: there is no adapted layer at all.
     """
     origin: BaseOrigin = base.origin
-    module = base.module
+    module = cast(Decoder, base.module)
     shapes = _layer_shapes(base)
-    pieces: dict[str, list[_Piece]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for expert, adapter in enumerate(adapters):
         for name, layer in adapter.layers.items():
-            pieces.setdefault(name, []).append(_Piece(expert, layer))
+            pieces.setdefault(name, []).append(Piece(expert, layer.a, layer.b, layer.scale, layer.bias, layer.dropout))
     if not pieces:
         raise FormatError(f"the adapters {', '.join(a.name for a in adapters)} adapt no layer at all")
-    with_bias = any(piece.layer.bias is not None for found in pieces.values() for piece in found)
+    with_bias = any(piece.bias is not None for found in pieces.values() for piece in found)
     layers = origin.family.adapted_layers(module, pieces.keys(), with_bias=with_bias)
     flat: dict[Path, jax.Array] = {}
     for slot in layers.slots:
         numbers = (slot.numbers,) if isinstance(slot.numbers, int) else slot.numbers
         members = [[] if number == ABSENT else pieces[layers.names[number]] for number in numbers]
-        for leaf, stacked in _stack(members, shapes[slot.path], len(adapters), dtype).items():
+        for leaf, stacked in stack_pieces(members, shapes[slot.path], len(adapters), dtype).items():
             path = (*slot.path, leaf)
             flat[path] = place(("experts", *path), stacked[0] if isinstance(slot.numbers, int) else stacked)
     return unflatten(flat), layers
@@ -185,7 +179,7 @@ def _weight(base: BaseModel, place: Placed) -> NDArray[Any]:
 
 def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
     """Kernel shape of every layer that can be adapted, by its place; for an embedding [V, D]."""
-    module = base.module
+    module = cast(Decoder, base.module)
     leaves = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items() if path[-1] in _KERNELS}
     # A tied head has no kernel of its own.
     config = module.config
@@ -195,37 +189,3 @@ def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
         for placed in base.origin.family.modules(module)
         if placed.kind in ADAPTABLE
     }
-
-
-def _stack(
-    members: list[list[_Piece]], shape: tuple[int, ...], n: int, dtype: np.dtype[Any]
-) -> dict[str, NDArray[Any]]:
-    """Lay the pieces of each member side by side, and pad members of smaller rank with columns that are nobody's."""
-    count, (*inputs, width_out) = len(members), shape
-    rank = max(sum(piece.layer.r for piece in member) for member in members)
-    a = np.zeros((count, *inputs, rank), dtype)
-    b = np.zeros((count, rank, width_out), dtype)
-    columns = np.zeros((count, n, rank), np.float32)
-    bias = np.zeros((count, n, width_out), dtype)
-    bias_scale = np.zeros((count, n), np.float32)
-    dropout = np.zeros((count, n), np.float32)
-    has_bias = False
-    for m, member in enumerate(members):
-        first = 0
-        for expert, layer in ((piece.expert, piece.layer) for piece in member):
-            own = slice(first, first + layer.r)
-            first += layer.r
-            a[m, ..., own] = layer.a
-            b[m, own] = layer.b
-            columns[m, expert, own] = layer.scale
-            dropout[m, expert] = layer.dropout
-            if layer.bias is not None:
-                has_bias = True
-                bias[m, expert] = layer.bias
-                bias_scale[m, expert] = layer.scale
-    leaves = {"lora_a": a, "lora_b": b, "columns": columns}
-    if has_bias:
-        leaves |= {"lora_bias": bias, "bias_scale": bias_scale}
-    if dropout.any():
-        leaves["lora_dropout"] = dropout
-    return leaves

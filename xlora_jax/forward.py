@@ -23,7 +23,7 @@ from jax import lax
 from xlora_jax import mixing
 from xlora_jax.config import XLoraConfig
 from xlora_jax.layers import AdaptedLayers
-from xlora_jax.models import Cache, Decoder, DecoderOutput
+from xlora_jax.models import BaseModule, Cache, DecoderOutput
 from xlora_jax.modules import XLoraClassifier
 
 __all__ = [
@@ -53,7 +53,7 @@ class XLora:
         gate_dtype: of the classifier's computation; None takes the base model's, as PEFT does.
     """
 
-    module: Decoder
+    module: BaseModule
     layers: AdaptedLayers
     num_experts: int
     config: XLoraConfig
@@ -127,7 +127,8 @@ def scaling_pass(
     gate = model.config.scaling_pass_gate(model.num_experts)
     # At gate 0 the experts add nothing but the biases of lora_B, if there are any.
     if gate != 0 or model.layers.with_bias:
-        shape = (*_tokens(inputs).shape[:2], 1, model.num_experts)
+        # One gate for all examples and positions.
+        shape = (1, 1, 1, model.num_experts)
         variables["experts"] = params["experts"]
         variables["scalings"] = model.gates(mixing.constant_scalings(shape, gate, model.module.dtype))
     variables = lax.stop_gradient(variables)
@@ -172,6 +173,7 @@ def forward(
     scalings: jax.Array | None = None,
     rngs: Mapping[str, jax.Array] | None = None,
     with_logits: bool = True,
+    **more: jax.Array | None,
 ) -> XLoraOutput:
     """Both passes.
 
@@ -186,17 +188,20 @@ def forward(
         scalings: use these, broadcast to ``[B, T, L, N]``, instead of the classifier's: no scaling pass is run.
         rngs: ``dropout`` for the classifier's dropout and ``lora_dropout`` for the experts'; what is absent is off.
         with_logits: also apply the output head.
+        **more: what else the base model takes, such as ``token_type_ids`` or ``pixel_values``.
 
     Returns:
         Logits, hidden states and scalings.
     """
-    inputs = {
+    given = {
         "input_ids": input_ids,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         "positions": positions,
         "segment_ids": segment_ids,
+        **more,
     }
+    inputs = {name: value for name, value in given.items() if value is not None}
     rngs = dict(rngs or {})
     lora_rngs: list[dict[str, jax.Array]] = [{}, {}]
     if "lora_dropout" in rngs:
@@ -205,16 +210,14 @@ def forward(
         hidden_states, _ = scaling_pass(model, params, rngs=lora_rngs[0], **inputs)
         scalings = classify(model, params, hidden_states, rngs={k: v for k, v in rngs.items() if k == "dropout"})
     else:
-        shape = (*_tokens(inputs).shape[:2], len(model.layers), model.num_experts)
-        scalings = jnp.broadcast_to(jnp.asarray(scalings, model.module.dtype), shape)
+        scalings = jnp.asarray(scalings, model.module.dtype)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        # Without tokens (images), what is given for all positions stays so: one gate for each example.
+        positions_of = (1, 1) if tokens is None else tokens.shape[:2]
+        shape = jnp.broadcast_shapes(scalings.shape, (*positions_of, len(model.layers), model.num_experts))
+        scalings = jnp.broadcast_to(scalings, shape)
     out = real_pass(model, params, scalings, rngs=lora_rngs[1], with_logits=with_logits, **inputs)
     return XLoraOutput(out.logits, out.hidden_states, model.layers.expand(scalings))
-
-
-def _tokens(inputs: Mapping[str, Any]) -> jax.Array:
-    """Whichever of the two forms of input there is: its first two axes are B and T."""
-    ids = inputs.get("input_ids")
-    return cast(jax.Array, inputs["inputs_embeds"] if ids is None else ids)
 
 
 def unembed(model: XLora, params: Params, hidden_states: jax.Array, scalings: jax.Array | None = None) -> jax.Array:

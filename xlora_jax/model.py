@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from xlora_jax.config import XLoraConfig
 from xlora_jax.forward import Params, XLora, XLoraOutput, forward
 from xlora_jax.generation import GenerationConfig, GenerationStats, Ints, generate, stream
 from xlora_jax.layers import AdaptedLayers
-from xlora_jax.models import Decoder, DecoderOutput
+from xlora_jax.models import BaseModule, DecoderOutput
 
 __all__ = ["BaseModel", "XLoraModel"]
 
@@ -25,7 +25,7 @@ _forward = partial(jax.jit, static_argnums=0)(forward)
 
 
 @partial(jax.jit, static_argnums=0)
-def _base_forward(module: Decoder, params: Params, **inputs: Any) -> DecoderOutput:
+def _base_forward(module: BaseModule, params: Params, **inputs: Any) -> DecoderOutput:
     return cast(DecoderOutput, module.apply({"params": params}, **inputs))
 
 
@@ -39,13 +39,15 @@ class BaseModel:
         origin: where it came from, for those who write it back.
     """
 
-    module: Decoder
+    module: BaseModule
     params: Params
     origin: Any = None
 
-    def __call__(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None) -> DecoderOutput:
+    def __call__(
+        self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **more: Any
+    ) -> DecoderOutput:
         """Return logits ``[B, T, V]`` and hidden states ``[B, T, D]``; arguments as those of :class:`XLoraModel`."""
-        inputs = _inputs(input_ids, attention_mask, inputs_embeds)
+        inputs = _inputs(input_ids, attention_mask, inputs_embeds, more)
         return cast(DecoderOutput, _base_forward(self.module, self.params, **inputs))
 
     def generate(
@@ -80,7 +82,7 @@ class XLoraModel:
         origin: where base and experts came from, for those who write them back.
     """
 
-    module: Decoder
+    module: BaseModule
     params: Params
     config: XLoraConfig
     layers: AdaptedLayers
@@ -124,6 +126,7 @@ class XLoraModel:
         inputs_embeds: Any = None,
         *,
         scalings: Any = None,
+        **more: Any,
     ) -> XLoraOutput:
         """Run both passes.
 
@@ -133,6 +136,7 @@ class XLoraModel:
             inputs_embeds: float ``[B, T, D]``.
             scalings: use these in place of the classifier's, broadcast to ``[B, T, L, N]``: ``[1, 0, 0]`` is the first
                 of three experts alone. Top-k, softmax over the selected and global weight act on them as on any.
+            **more: what else the base model takes, such as ``token_type_ids``, or ``pixel_values`` in place of tokens.
 
         Returns:
             Logits ``[B, T, V]``, hidden states ``[B, T, D]`` and scalings ``[B, T, L, N]``.
@@ -140,7 +144,7 @@ class XLoraModel:
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or shapes that do not fit.
         """
-        inputs = _inputs(input_ids, attention_mask, inputs_embeds)
+        inputs = _inputs(input_ids, attention_mask, inputs_embeds, more)
         if not self._enabled:
             base = _base_forward(self.module, self.params["base"], **inputs)
             return XLoraOutput(base.logits, base.hidden_states, None)
@@ -293,11 +297,13 @@ class XLoraModel:
         self.config = config
 
 
-def _inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any) -> dict[str, Any]:
+def _inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, more: Mapping[str, Any]) -> dict[str, Any]:
     """Check the arguments of a call and make them arrays."""
+    inputs: dict[str, Any] = {name: jnp.asarray(value) for name, value in more.items() if value is not None}
+    if "pixel_values" in inputs and input_ids is None and inputs_embeds is None:
+        return inputs
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
-    inputs: dict[str, Any] = {}
     if input_ids is not None:
         inputs["input_ids"] = tokens = jnp.asarray(input_ids)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

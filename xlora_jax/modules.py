@@ -24,7 +24,17 @@ from flax.linen.dtypes import promote_dtype
 
 from xlora_jax import mixing
 
-__all__ = ["TemperatureScaledSoftmax", "XLoraClassifier", "XLoraConv", "XLoraDense", "XLoraEmbed", "XLoraTiedHead"]
+__all__ = [
+    "TemperatureScaledSoftmax",
+    "XLoraClassifier",
+    "XLoraConv",
+    "XLoraDense",
+    "XLoraEmbed",
+    "XLoraTiedHead",
+    "add_experts",
+    "project_conv",
+    "project_dense",
+]
 
 
 class TemperatureScaledSoftmax(nn.Module):
@@ -151,7 +161,7 @@ def add_experts(module: nn.Module, outputs: jax.Array, project: Callable[[jax.Ar
     return (outputs.astype(delta.dtype) + delta).astype(outputs.dtype)
 
 
-def _project_dense(module: nn.Module, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def project_dense(module: nn.Module, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Give the function from ``lora_a [D, R]`` to ``inputs @ lora_a``, with LoRA dropout if there is an rng for it."""
 
     def project(lora_a: jax.Array) -> jax.Array:
@@ -169,7 +179,7 @@ def _project_dense(module: nn.Module, inputs: jax.Array) -> Callable[[jax.Array]
     return project
 
 
-def _project_conv(module: nn.Conv, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def project_conv(module: nn.Conv, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Give the function from ``lora_a [kh, kw, D, R]`` to the convolution of ``inputs`` with it, set as ``module``."""
 
     def project(lora_a: jax.Array) -> jax.Array:
@@ -194,7 +204,7 @@ class XLoraDense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Return ``[..., F]`` for ``inputs [..., D]``; with gates ``[B, T, N]`` the inputs are ``[B, T, D]``."""
         outputs = super().__call__(inputs)
-        return add_experts(self, outputs, _project_dense(self, inputs))
+        return add_experts(self, outputs, project_dense(self, inputs))
 
 
 class XLoraTiedHead(nn.Module):
@@ -218,7 +228,7 @@ class XLoraTiedHead(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (table.shape[0],), self.param_dtype)
             logits = logits + bias.astype(logits.dtype)
-        return add_experts(self, logits, _project_dense(self, inputs))
+        return add_experts(self, logits, project_dense(self, inputs))
 
 
 class XLoraEmbed(nn.Embed):
@@ -257,4 +267,4 @@ class XLoraConv(nn.Conv):
             ValueError: if gates are neither per example nor per output position.
         """
         outputs = super().__call__(inputs)
-        return add_experts(self, outputs, _project_conv(self, inputs))
+        return add_experts(self, outputs, project_conv(self, inputs))
