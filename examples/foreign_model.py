@@ -17,9 +17,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from xlora_jax import XLoraConfig, causal_lm_loss, forward, init_train_state, make_train_step, merge_params
+from xlora_jax import XLoraConfig, causal_lm_loss, forward, init_train_state, merge_params
 from xlora_jax.convert import Lora, convert, find_layers
+from xlora_jax.forward import XLoraOutput
 from xlora_jax.model import XLoraModel
+from xlora_jax.objectives import make_objective_step
 
 VOCAB, WIDTH, HEADS, BLOCKS, LENGTH = 29, 32, 4, 2, 16
 
@@ -128,6 +130,12 @@ def train_expert(model: XLoraModel, number: int, domain: str, steps: int) -> XLo
     return model.replace(params={**model.params, "experts": experts})
 
 
+def next_token_loss(out: XLoraOutput, labels: jax.Array) -> jax.Array:
+    """The objective, from the output of both passes."""
+    assert out.logits is not None
+    return causal_lm_loss(out.logits, labels)
+
+
 def loss_on(model: XLoraModel, domain: str, scalings: Any = None) -> float:
     """Loss on rows that were not trained on, in nats."""
     tokens = text(domain, 64, seed=10_000)
@@ -155,7 +163,7 @@ def main(expert_steps: int = 150, gate_steps: int = 400) -> dict[str, dict[str, 
 
     optimizer = optax.adam(1e-2)
     state, frozen = init_train_state(model.params, model.config, optimizer)
-    step = make_train_step(model.xlora, optimizer)
+    step = make_objective_step(model.xlora, optimizer, next_token_loss)
     for i in range(gate_steps):
         state, _ = step(state, frozen, batch_of(list(RULES)[i % 2], i))
     model = model.replace(params=merge_params(state.trainable, frozen))

@@ -70,7 +70,7 @@ class TrainConfig:
         seed: of data order and dropouts.
         param_dtype: in which to keep what learns; None leaves it as it was loaded.
         gate_dtype: in which the classifier computes; None takes the base model's, as PEFT does.
-        remat: rematerialisation policy, a key of :data:`xlora_jax.models.decoder.REMAT_POLICIES`; None stores all.
+        remat: rematerialisation policy, a key of :data:`xlora_jax.models.transformer.REMAT_POLICIES`; None stores all.
         attention: ``xla`` or ``cudnn``; None leaves it to JAX.
         loss_chunk: positions of a row whose logits exist at a time.
         load_balance: weight of that regulariser, see :mod:`xlora_jax.regularizers`.

@@ -14,7 +14,7 @@ import pytest
 from tests.synthetic import VOCAB, batch, synthetic
 from xlora_jax import causal_lm_loss, forward, init_train_state, make_train_step, merge_params, split_params
 from xlora_jax.losses import chunked_cross_entropy, next_token_targets
-from xlora_jax.models.decoder import REMAT_POLICIES
+from xlora_jax.models.transformer import REMAT_POLICIES
 from xlora_jax.regularizers import Regularizers, load_balance_loss, router_entropy, router_z_loss
 from xlora_jax.training import batch_loss, make_eval_step, make_scaling_step
 from xlora_jax.trees import flatten

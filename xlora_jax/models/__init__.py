@@ -3,8 +3,10 @@
 from xlora_jax.models.base import BaseModule
 from xlora_jax.models.cache import Cache, KVCache, PairedCache, Place
 from xlora_jax.models.declaration import DecoderConfig, RoutedMLP
-from xlora_jax.models.decoder import Decoder, DecoderOutput
+from xlora_jax.models.decoder import Decoder
+from xlora_jax.models.encoder import Encoder, EncoderConfig, VisionTransformer
 from xlora_jax.models.rope import Rope
+from xlora_jax.models.transformer import DecoderOutput, Transformer
 
 __all__ = [
     "BaseModule",
@@ -12,9 +14,13 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "DecoderOutput",
+    "Encoder",
+    "EncoderConfig",
     "KVCache",
     "PairedCache",
     "Place",
     "Rope",
     "RoutedMLP",
+    "Transformer",
+    "VisionTransformer",
 ]

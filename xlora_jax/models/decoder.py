@@ -8,66 +8,23 @@ sliced out of a stack, which is what decoding one token at a time is bound by. A
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from flax import struct
 
-from xlora_jax.models.blocks import Block, BlockContext, LayerFlags, Norm
+from xlora_jax.models.blocks import BlockContext, Norm
 from xlora_jax.models.cache import Cache, KVCache, Place
-from xlora_jax.models.declaration import BlockGroup, DecoderConfig
 from xlora_jax.models.rope import Rope
+from xlora_jax.models.transformer import DecoderOutput, Transformer
 from xlora_jax.modules import XLoraDense, XLoraEmbed, XLoraTiedHead
 
-__all__ = ["REMAT_POLICIES", "Decoder", "DecoderOutput"]
-
-# What the backward pass finds stored of each block; the rest is computed again from the block's input.
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": None,  # nothing but the block's input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
-    "dots_and_attention": jax.checkpoint_policies.dots_saveable,  # all products
-}
+__all__ = ["Decoder"]
 
 
-@struct.dataclass
-class DecoderOutput:
-    """What a decoder gives.
-
-    Attributes:
-        hidden_states: ``[B, T, D]`` after the final norm.
-        logits: ``[B, T, V]``, or None if not asked for.
-        cache: the cache with this call's keys and values, or None if there was none.
-    """
-
-    hidden_states: jax.Array
-    logits: jax.Array | None = None
-    cache: Any = None
-
-
-class Decoder(nn.Module):
-    """A causal language model.
-
-    Attributes:
-        config: the family's declaration.
-        dtype: of the computation.
-        param_dtype: of the parameters at initialisation.
-        scan_layers: stack the blocks under ``nn.scan``, or stand them side by side.
-        remat: rematerialise each block's activations in a backward pass, by a policy of :data:`REMAT_POLICIES`; None
-            stores them all.
-        attention: implementation of ``jax.nn.dot_product_attention``: ``xla`` or ``cudnn`` (flash attention, on
-            NVIDIA GPUs in bfloat16 or float16); None is JAX's own choice.
-    """
-
-    config: DecoderConfig
-    dtype: jax.typing.DTypeLike = jnp.float32
-    param_dtype: jax.typing.DTypeLike = jnp.float32
-    scan_layers: bool = True
-    remat: str | None = None
-    attention: str | None = None
+class Decoder(Transformer):
+    """A causal language model."""
 
     def setup(self) -> None:
         """Make the submodules; their names are the keys of the parameters."""
@@ -81,37 +38,15 @@ class Decoder(nn.Module):
             self.project_in = XLoraDense(cfg.hidden_size, use_bias=False, **dtypes)
             self.project_out = XLoraDense(cfg.embed_size, use_bias=False, **dtypes)
         if self.scan_layers:
-            self.blocks = [self._scanned(group) for group in cfg.groups]
+            self.blocks = self.scanned_blocks()
         else:
-            self.layers = [
-                self._block()(cfg, self.dtype, self.param_dtype, group.routed)
-                for group in cfg.groups
-                for _ in range(group.length)
-            ]
+            self.layers = self.single_blocks()
         if cfg.final_norm:
             self.norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
         if cfg.tie_word_embeddings:
             self.lm_head: Any = XLoraTiedHead(use_bias=cfg.head_bias, **dtypes)
         else:
             self.lm_head = XLoraDense(cfg.vocab_size, use_bias=cfg.head_bias, **dtypes)
-
-    def _block(self) -> Any:
-        if self.remat is None:
-            return Block
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat: expected None or one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
-        # Under scan the loop itself keeps XLA from merging the second computation with the first.
-        return nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
-
-    def _scanned(self, group: BlockGroup) -> Any:
-        scanned = nn.scan(
-            self._block(),
-            variable_axes={"params": 0, "experts": 0, "scalings": 0},
-            split_rngs={"params": True, "lora_dropout": True},
-            in_axes=(nn.broadcast, 0),
-            length=group.length,
-        )
-        return scanned(self.config, self.dtype, self.param_dtype, group.routed, name=group.name)
 
     def __call__(
         self,
@@ -151,16 +86,7 @@ class Decoder(nn.Module):
         if (cache is None) != (place is None) or (cache is not None and masked):
             raise ValueError("cache and place come together, and without attention_mask and segment_ids")
         x, positions = self._embed(input_ids, inputs_embeds, attention_mask, positions, place)
-        carry = (x, cache)
-        context, layers = self._context(x, attention_mask, positions, segment_ids, cache, place), self._layers()
-        if self.scan_layers:
-            for group, blocks in zip(self.config.groups, self.blocks, strict=True):
-                own = slice(group.start, group.start + group.length)
-                carry, _ = blocks(carry, context, jax.tree.map(lambda flags, own=own: jnp.asarray(flags[own]), layers))
-        else:
-            for i, block in enumerate(self.layers):
-                carry, _ = block(carry, context, jax.tree.map(lambda flags, i=i: flags[i].item(), layers))
-        x, cache = carry
+        x, cache = self.run_blocks(x, cache, self._context(x, attention_mask, positions, segment_ids, cache, place))
         hidden_states = self.norm(x) if self.config.final_norm else x
         if self.config.embed_size is not None:
             hidden_states = self.project_out(hidden_states)
@@ -208,14 +134,6 @@ class Decoder(nn.Module):
                 )
             x = x + self.embed_positions(positions + cfg.position_offset)
         return x, positions
-
-    def _layers(self) -> LayerFlags:
-        """The blocks' own flags, each a NumPy array ``[L]``."""
-        count = self.config.num_layers
-        none = (False,) * count
-        return LayerFlags(
-            np.arange(count), np.asarray(self.config.sliding or none), np.asarray(self.config.no_rope or none)
-        )
 
     def empty_cache(
         self, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None, chunk: int | None = None

@@ -1,0 +1,116 @@
+"""What transformers have in common: a stack of blocks, scanned or side by side, and what they give.
+
+Axes as in :mod:`xlora_jax.models.blocks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from xlora_jax.models.blocks import Block, BlockContext, LayerFlags
+from xlora_jax.models.cache import Cache
+from xlora_jax.models.declaration import BlockGroup, DecoderConfig
+
+__all__ = ["REMAT_POLICIES", "DecoderOutput", "Transformer"]
+
+# What the backward pass finds stored of each block; the rest is computed again from the block's input.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": None,  # nothing but the block's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "dots_and_attention": jax.checkpoint_policies.dots_saveable,  # all products
+}
+
+
+@struct.dataclass
+class DecoderOutput:
+    """What a decoder gives.
+
+    Attributes:
+        hidden_states: ``[B, T, D]`` after the final norm.
+        logits: ``[B, T, V]``, or None if not asked for.
+        cache: the cache with this call's keys and values, or None if there was none.
+    """
+
+    hidden_states: jax.Array
+    logits: jax.Array | None = None
+    cache: Any = None
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; what stands before and behind it is a subclass's.
+
+    Attributes:
+        config: the family's declaration.
+        dtype: of the computation.
+        param_dtype: of the parameters at initialisation.
+        scan_layers: stack the blocks under ``nn.scan``, or stand them side by side.
+        remat: rematerialise each block's activations in a backward pass, by a policy of :data:`REMAT_POLICIES`; None
+            stores them all.
+        attention: implementation of ``jax.nn.dot_product_attention``: ``xla`` or ``cudnn`` (flash attention, on
+            NVIDIA GPUs in bfloat16 or float16); None is JAX's own choice.
+    """
+
+    config: DecoderConfig
+    dtype: jax.typing.DTypeLike = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+    scan_layers: bool = True
+    remat: str | None = None
+    attention: str | None = None
+
+    def _block(self) -> Any:
+        if self.remat is None:
+            return Block
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat: expected None or one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        # Under scan the loop itself keeps XLA from merging the second computation with the first.
+        return nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+
+    def _scanned(self, group: BlockGroup) -> Any:
+        scanned = nn.scan(
+            self._block(),
+            variable_axes={"params": 0, "experts": 0, "scalings": 0},
+            split_rngs={"params": True, "lora_dropout": True},
+            in_axes=(nn.broadcast, 0),
+            length=group.length,
+        )
+        return scanned(self.config, self.dtype, self.param_dtype, group.routed, name=group.name)
+
+    def scanned_blocks(self) -> list[Any]:
+        """Make the blocks, each group of them one scan; for ``setup``."""
+        return [self._scanned(group) for group in self.config.groups]
+
+    def single_blocks(self) -> list[Any]:
+        """Make the blocks side by side; for ``setup``, as ``layers``."""
+        return [
+            self._block()(self.config, self.dtype, self.param_dtype, group.routed)
+            for group in self.config.groups
+            for _ in range(group.length)
+        ]
+
+    def run_blocks(self, x: jax.Array, cache: Cache | None, context: BlockContext) -> tuple[jax.Array, Cache | None]:
+        """Take the residual stream ``x [B, T, D]`` and the cache through all blocks."""
+        carry = (x, cache)
+        flags = self._layers()
+        if self.scan_layers:
+            for group, blocks in zip(self.config.groups, self.blocks, strict=True):
+                own = slice(group.start, group.start + group.length)
+                carry, _ = blocks(carry, context, jax.tree.map(lambda flag, own=own: jnp.asarray(flag[own]), flags))
+        else:
+            for i, block in enumerate(self.layers):
+                carry, _ = block(carry, context, jax.tree.map(lambda flag, i=i: flag[i].item(), flags))
+        return carry
+
+    def _layers(self) -> LayerFlags:
+        """The blocks' own flags, each a NumPy array ``[L]``."""
+        count = self.config.num_layers
+        none = (False,) * count
+        return LayerFlags(
+            np.arange(count), np.asarray(self.config.sliding or none), np.asarray(self.config.no_rope or none)
+        )
