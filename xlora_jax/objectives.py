@@ -71,7 +71,7 @@ def make_objective_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
-        changes = {"step": state.step + 1, "trainable": trainable, "opt_state": opt_state}
+        changes: dict[str, Any] = {"step": state.step + 1, "trainable": trainable, "opt_state": opt_state}
         return dataclasses.replace(state, **changes), metrics
 
     return jax.jit(step, donate_argnums=0)
