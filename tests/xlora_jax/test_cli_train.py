@@ -9,15 +9,24 @@ import string
 import jax
 import numpy as np
 import pytest
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from interop import load_xlora
 from tests.reference import peft_run, prompt, relative_error, reload_in_peft
-from xlora_jax.cli.main import app
-from xlora_jax.cli.train import Job, run_training
+from xlora_jax.cli.train import Job, command, run_training
 from xlora_jax.trainer import TrainConfig
+
+app = typer.Typer()
+app.command("train")(command)
+
+
+@app.callback()
+def subcommands():
+    """Without this, Typer takes the only command for the whole application."""
+
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}.{% endfor %}"
