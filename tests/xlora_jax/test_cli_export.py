@@ -82,6 +82,8 @@ def test_refusals_write_nothing(checkpoint, base, experts, tmp_path):
         ["export", "--base", str(llama), "--checkpoint", str(checkpoint[0]), "--output", "x", "--adapter", "m"]
     )
     assert result.exit_code == 2
+    result = export(checkpoint, llama, tmp_path / "out", "--adapter=math=/elsewhere")  # two experts of one name
+    assert result.exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
