@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
@@ -10,6 +11,7 @@ from interop.base import open_base
 from interop.inspection import inspect_path
 from interop.tensors import LazyTensor
 from tests import reference
+from tests.interop.test_hub import COMMIT, lay_out
 from xlora_jax.cli.main import app
 
 
@@ -120,3 +122,14 @@ def test_a_base_that_is_none(adapters):
     code, text = inspect("--base", adapters[0], adapters[0])
     assert code == 1
     assert "noconfig.json" in text
+
+
+def test_hub_ids_of_which_the_weights_are_not_there(llama, adapters, tmp_path, monkeypatch):
+    """Of a base model nothing but its config is needed, nor fetched."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    lay_out(tmp_path, "org/base", COMMIT, {"config.json": (llama / "config.json").read_bytes()})
+    lay_out(tmp_path, "org/lora", COMMIT, {p.name: p.read_bytes() for p in adapters[0].iterdir() if p.suffix != ".md"})
+    code, text = inspect("--base", "org/base", "org/lora", "org/base", "org/gone")
+    assert code == 1
+    for words in ("yes,12ofitslayers(org/base)", "float32,byconfig.json;theweightsarenotdownloaded", "org/gone:nosuch"):
+        assert words in text, words
