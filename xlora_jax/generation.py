@@ -44,7 +44,7 @@ from jax import lax
 
 from xlora_jax import mixing
 from xlora_jax.forward import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
-from xlora_jax.models import KVCache, PairedCache, Place
+from xlora_jax.models import Decoder, KVCache, PairedCache, Place
 from xlora_jax.sampling import LogitsProcessor, Sampler
 
 __all__ = [
@@ -76,6 +76,8 @@ _STEPS = 16
 # Credit for drafting, in tokens of plain decoding: see `Drafted`.
 _CREDIT = 3.0
 _EARNED_PER_TOKEN = 0.03
+# Time of a step that drafts, as a share of plain decoding's time per token.
+_COST, _COST_ON_CPU = 0.55, 1.05
 _ALL = np.iinfo(np.int32).max
 
 
@@ -98,10 +100,10 @@ class GenerationConfig:
         seed: of the draws. What is drawn depends on seed, row and position only.
         stop_at: from the new tokens of a row to how many of them stay if they end it, else None; asked every few steps.
             See :class:`~xlora_jax.text.StopStrings`.
-        draft: draft a token while the one before it is checked: the tokens are the same, with fewer reads of the
-            weights. A :class:`Drafted` has its settings.
+        draft: draft a token while the one before it is checked, where that is usually faster: the tokens are the same,
+            with fewer reads of the weights. A :class:`Drafted` says what is faster here.
         frozen_after: keep the gates as they are after so many new tokens, and run one pass per token from then on.
-            APPROXIMATE: from there on the tokens are not those of the model.
+            APPROXIMATE: from there on the tokens are not those of the model. Nothing is drafted then.
         cache_dtype: of keys and values; None takes the model's.
         prefill_chunk: the most tokens of a prompt that run at once; bounds the memory of long prompts.
     """
@@ -161,6 +163,9 @@ class GenerationConfig:
             extra=self.logits_processors,
         )
         draft = Drafted() if self.draft is True else self.draft or None
+        if self.frozen_after is not None:
+            # The gates that stay would depend on whether the last token before was drafted.
+            draft = None
         dtype = None if self.cache_dtype is None else jnp.dtype(self.cache_dtype)
         return Settings(sampler, self.eos, dtype, self.prefill_chunk, draft, self.frozen_after, record)
 
@@ -198,7 +203,8 @@ class State:
         limit: int32 ``[B]``, length at which a row ends.
         done: bool ``[B]``, whether it has.
         pending: bool ``[B]``, whether the token at position ``length`` is a draft.
-        scalings: ``[B, L or 1, N]`` of position ``length - 2``, the last that has been through; None for a base alone.
+        scalings: ``[B, L or 1, N]`` of position ``length - 2``, the last that has been through, or of ``length - 1``
+            where a draft is pending; None for a base alone.
         recorded: ``[B, S, L or 1, N]``, scalings by position, zero where there are none; None if not recorded.
         scaling: the scaling pass's cache; None for a base alone.
         real: the real pass's, or the base's.
@@ -230,6 +236,7 @@ class GenerationStats:
     """What a generation cost.
 
     Attributes:
+        rows: sequences generated.
         prompt_tokens: without padding, all rows together.
         new_tokens: likewise.
         prefill_seconds: until the first token of every row, compilation included if there was any.
@@ -238,8 +245,10 @@ class GenerationStats:
             decoding with two passes.
         acceptance: share of drafts that were right; None if nothing was drafted.
         cache_bytes: of both caches.
+        cache_bytes_per_token: of a row, in layers that do not keep a ring: what one more token needs.
     """
 
+    rows: int
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
@@ -247,6 +256,7 @@ class GenerationStats:
     reads_per_token: float
     acceptance: float | None
     cache_bytes: int
+    cache_bytes_per_token: int
 
 
 class Mode(Protocol):
@@ -341,19 +351,26 @@ class Drafted:
 
     Where a step costs more than half of what plain decoding costs per token, drafting pays only if enough drafts are
     accepted. So it has a credit: every step costs ``cost``, every token earns 1, and plain decoding takes over where
-    the credit is used up. A generation of n tokens is slower than plain decoding by at most 3 / n + 3%.
+    the credit is used up, for some hundred tokens. A generation of n tokens is slower than plain decoding by at most
+    3 / n + 3%, if ``cost`` is true; ``benchmarks/generate.py`` measures it. At 1 or more nothing is drafted.
 
     Attributes:
-        cost: time of a step, as a share of the time of a token in plain decoding. A half if reading weights is all that
-            takes time; more where rows of a batch are not free.
+        cost: time of a step, as a share of the time of a token in plain decoding. A half if reading weights is all
+            that takes time, as on a GPU or TPU with few rows; on CPUs rows are not free, and steps cost more than they
+            save. None takes what is usual for the backend.
     """
 
-    cost: float = 0.55
+    cost: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        if not self.cost > 0:
-            raise ValueError(f"cost: expected above 0, got {self.cost}")
+        if self.cost is not None and not self.cost > 0:
+            raise ValueError(f"cost: expected above 0, or None, got {self.cost}")
+
+    @property
+    def share(self) -> float:
+        """``cost``, or what is usual for JAX's default backend."""
+        return self.cost if self.cost is not None else _COST_ON_CPU if jax.default_backend() == "cpu" else _COST
 
     def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
@@ -385,12 +402,12 @@ class Drafted:
             pending=jnp.where(active, moves, state.pending),
             scalings=_where(moves, fresh, old),
             recorded=_record(state.recorded, fresh, position, moves),
-            credit=jnp.minimum(state.credit + earned - self.cost, _CREDIT),
+            credit=jnp.minimum(state.credit + earned - self.share, _CREDIT),
         )
 
     def goes_on(self, state: State) -> jax.Array:
         """See :class:`Mode`."""
-        return state.credit >= self.cost
+        return state.credit >= self.share
 
     def _passes(
         self, model: XLora, params: Params, state: State, position: jax.Array
@@ -600,7 +617,8 @@ def decode(
         state = _stopped(_prefill_all(model, settings, params, state), first, stop_at)
         yield state
 
-    drafting = settings.draft is not None
+    share = _ALL if settings.draft is None else settings.draft.share
+    drafting = share < 1
     thaw = most if settings.frozen_after is None else np.minimum(first + settings.frozen_after, most)
     while True:
         length, done = np.array(state.length), np.array(state.done)
@@ -613,10 +631,11 @@ def decode(
             mode = Frozen()
         else:
             stop = thaw
-            if settings.draft is not None:
+            mode = Plain()
+            if settings.draft is not None and share < 1:
                 # Once out of credit, drafting waits for all of it, not for the cost of one step.
-                drafting = float(state.credit) >= (settings.draft.cost if drafting else _CREDIT)
-            mode = settings.draft if settings.draft is not None and drafting else Plain(settings.draft is not None)
+                drafting = float(state.credit) >= (share if drafting else _CREDIT)
+                mode = settings.draft if drafting else Plain(resumes=True)
         if not isinstance(mode, Drafted):
             state = _replace(state, pending=jnp.zeros_like(state.pending))
         state = run(state, mode, stop)
@@ -769,6 +788,11 @@ class _Run:
         lengths = (mask != 0).sum(axis=1).astype(np.int32)
         if not lengths.all():
             raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens: its attention_mask is all zero")
+        if not isinstance(model.module, Decoder):
+            raise NotImplementedError(
+                f"generate: expected a causal language model of xlora_jax.models (Decoder), got "
+                f"{type(model.module).__name__}, which keeps no cache"
+            )
         most = model.module.config.max_positions
         if most is not None and lengths.max() + config.max_new_tokens > most:
             raise ValueError(
@@ -801,14 +825,17 @@ class _Run:
 
     def stats(self, state: State) -> GenerationStats:
         new, checked = int(state.length.sum() - self.lengths.sum()), int(state.checked.sum())
+        caches = [cache for cache in (state.scaling, state.real) if cache is not None]
         return GenerationStats(
+            rows=len(self.lengths),
             prompt_tokens=int(self.lengths.sum()),
             new_tokens=new,
             prefill_seconds=self.prefilled - self.started,
             decode_seconds=time.perf_counter() - self.prefilled,
             reads_per_token=int(state.reads.sum()) / max(new - len(self.lengths), 1),
             acceptance=int(state.accepted.sum()) / checked if checked else None,
-            cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((state.scaling, state.real))),
+            cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
+            cache_bytes_per_token=sum(cache.bytes_per_token for cache in caches),
         )
 
 

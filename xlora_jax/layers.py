@@ -6,6 +6,7 @@ order. :class:`AdaptedLayers` holds it as data and hands each layer its gates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,22 @@ class AdaptedLayers:
                 node = node.setdefault(key, {})
             node[slot.path[-1]] = leaf
         return tree
+
+    def unstacked(self, groups: Mapping[str, Sequence[str]]) -> AdaptedLayers:
+        """Return the same layers with stacked slots taken apart.
+
+        Args:
+            groups: first key of stacked slots to the first keys of their members, in order.
+        """
+        slots: list[Slot] = []
+        for slot in self.slots:
+            names = groups.get(slot.path[0])
+            if names is None:
+                slots.append(slot)
+            else:
+                members = zip(names, np.atleast_1d(slot.numbers).tolist(), strict=True)
+                slots += [Slot((name, *slot.path[1:]), number) for name, number in members if number != ABSENT]
+        return AdaptedLayers(self.names, tuple(slots), self.with_bias)
 
     def expand(self, scalings: jax.Array) -> jax.Array:
         """Return scalings ``[B, T, L, N]`` from ``[B, T, L, N]`` or ``[B, T, 1, N]``."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,8 @@ from xlora_jax.config import XLoraConfig
 from xlora_jax.forward import Params, XLora, XLoraOutput, forward
 from xlora_jax.generation import GenerationConfig, GenerationStats, Ints, generate, stream
 from xlora_jax.layers import AdaptedLayers
-from xlora_jax.models import BaseModule, DecoderOutput
+from xlora_jax.models import BaseModule, Decoder, DecoderOutput
+from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["BaseModel", "XLoraModel"]
 
@@ -42,6 +44,7 @@ class BaseModel:
     module: BaseModule
     params: Params
     origin: Any = None
+    _stats: deque[GenerationStats] = field(default_factory=lambda: deque(maxlen=1), repr=False, compare=False)
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **more: Any
@@ -56,7 +59,34 @@ class BaseModel:
         """Generate; arguments and result as those of :meth:`XLoraModel.generate`."""
         config = dataclasses.replace(config or GenerationConfig(), **options)
         out = generate(self._alone, {"base": self.params}, input_ids, attention_mask, config, experts=False)
+        self._stats.append(out.stats)
         return jnp.asarray(out.tokens)
+
+    def stream(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        steps: int = 4,
+        config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Iterator[list[Ints]]:
+        """Generate piece by piece; arguments and pieces as those of :meth:`XLoraModel.stream`."""
+        config = dataclasses.replace(config or GenerationConfig(), **options)
+        params = {"base": self.params}
+        stats = yield from stream(self._alone, params, input_ids, attention_mask, config, experts=False, steps=steps)
+        self._stats.append(stats)
+
+    def unstacked(self, *, donate: bool = False) -> BaseModel:
+        """Return this model with blocks side by side, see :meth:`XLoraModel.unstacked`."""
+        if not isinstance(self.module, Decoder) or not self.module.scan_layers:
+            return self
+        params = _unstack(self.params, _members(self.module), donate)
+        return BaseModel(self.module.clone(scan_layers=False), params, self.origin)
+
+    def get_generation_stats(self) -> GenerationStats | None:
+        """Return what the last generation cost, or None if there was none."""
+        return self._stats[-1] if self._stats else None
 
     @property
     def _alone(self) -> XLora:
@@ -188,6 +218,26 @@ class XLoraModel:
             self._record(self.layers.expand(out.scalings))
         return jnp.asarray(out.tokens)
 
+    def unstacked(self, *, donate: bool = False) -> XLoraModel:
+        """Return this model with blocks side by side (``scan_layers=False``), which decodes faster.
+
+        Under ``nn.scan`` every block's weights are sliced out of a stack, a copy of them for every token; side by side
+        they are read where they are. Compilation takes longer, and grows with depth.
+
+        Args:
+            donate: delete each stacked array once it is taken apart, so that beside the model there is never more than
+                one of them in memory. This model, and all that share its parameters, cannot be used any more.
+        """
+        if not isinstance(self.module, Decoder) or not self.module.scan_layers:
+            return self
+        groups = _members(self.module)
+        base, experts = (_unstack(self.params[part], groups, donate) for part in ("base", "experts"))
+        return dataclasses.replace(
+            self.replace(params={**self.params, "base": base, "experts": experts}),
+            module=self.module.clone(scan_layers=False),
+            layers=self.layers.unstacked(groups),
+        )
+
     def stream(
         self,
         input_ids: Any,
@@ -295,6 +345,27 @@ class XLoraModel:
             config = dataclasses.replace(self.config, **changes)
         config.validate_experts(len(self.expert_names))
         self.config = config
+
+
+def _members(module: Decoder) -> dict[str, list[str]]:
+    """Key of each stack of blocks to the keys of its members where they stand side by side."""
+    groups = module.config.groups
+    return {group.name: [f"layers_{group.start + i}" for i in range(group.length)] for group in groups}
+
+
+def _unstack(tree: Params, groups: Mapping[str, Sequence[str]], donate: bool) -> dict[str, Any]:
+    """Take the stacks of a collection apart, leaf by leaf."""
+    taken: dict[Path, jax.Array] = {}
+    for path, leaf in flatten(tree).items():
+        if path[0] not in groups:
+            taken[path] = leaf
+            continue
+        members = [leaf[i].block_until_ready() for i in range(len(groups[path[0]]))]
+        for name, member in zip(groups[path[0]], members, strict=True):
+            taken[(name, *path[1:])] = member
+        if donate:
+            leaf.delete()
+    return unflatten(taken)
 
 
 def _inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, more: Mapping[str, Any]) -> dict[str, Any]:

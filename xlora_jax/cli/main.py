@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from xlora_jax.cli import export, inspect
+from xlora_jax.cli import export, generate, inspect
 
 __all__ = ["app", "main"]
 
@@ -18,6 +18,7 @@ app = typer.Typer(
 
 app.command("inspect")(inspect.command)
 app.command("export")(export.command)
+app.command("generate")(generate.command)
 
 
 def main() -> None:

@@ -118,6 +118,14 @@ class KVCache:
         k, v = (tuple(jnp.zeros((batch, size, *heads), dtype) for size in sizes) for _ in range(2))
         return cls(k, v, rings)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a row's slot in all layers that do not keep a ring."""
+        if not isinstance(self.k, tuple):
+            return 0 if self.rings[0] else 2 * self.k.nbytes // (self.k.shape[1] * self.k.shape[2])
+        sizes = zip(self.k, self.rings, strict=True)
+        return sum(2 * k.nbytes // (k.shape[0] * k.shape[1]) for k, ring in sizes if not ring)
+
     def attend(
         self,
         layer: int | jax.Array,

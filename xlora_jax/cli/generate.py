@@ -1,0 +1,203 @@
+"""``xlora-jax generate``: text from a prompt, or from a file of prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+__all__ = ["command"]
+
+Option = typer.Option
+
+
+def command(
+    base: Annotated[str, typer.Argument(help="HF base model: directory or hub id.")],
+    prompt: Annotated[
+        str | None, Option("--prompt", "-p", help="The prompt; '-' reads it from standard input.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, Option(help="A file of prompts: one a line, or JSON strings where it ends in .jsonl.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, Option(help="Trained X-LoRA, PEFT's layout or the original. Without it the base model speaks.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        Option(help="name=DIR of an expert, in the checkpoint's order; replaces the checkpoint's paths. Repeatable."),
+    ] = None,
+    chat: Annotated[bool, Option("--chat", help="Put each prompt into the tokenizer's chat template.")] = False,
+    system: Annotated[str | None, Option(help="System message of the chat.")] = None,
+    max_new_tokens: Annotated[int | None, Option(help="Tokens to generate at most.")] = None,
+    sample: Annotated[
+        bool | None, Option("--sample/--greedy", help="Draw tokens, or take the most probable. Default: the model's.")
+    ] = None,
+    temperature: Annotated[float | None, Option(help="Divides the logits of a draw.")] = None,
+    top_k: Annotated[int | None, Option(help="Draw among the k most probable tokens; 0 for all.")] = None,
+    top_p: Annotated[float | None, Option(help="Draw among those that together reach this probability.")] = None,
+    min_p: Annotated[float | None, Option(help="Draw among those this many times as probable as the first.")] = None,
+    repetition_penalty: Annotated[float | None, Option(help="Above 1 makes repetition less probable.")] = None,
+    num_return_sequences: Annotated[int | None, Option("--n", help="Texts for each prompt.")] = None,
+    stop: Annotated[list[str] | None, Option(help="A string to stop before. Repeatable.")] = None,
+    seed: Annotated[int, Option(help="Of the draws.")] = 0,
+    draft: Annotated[bool, Option(help="Draft tokens ahead: the same text, faster.")] = True,
+    frozen_after: Annotated[
+        int | None, Option(help="APPROXIMATE: keep the gates after so many new tokens; one pass per token from there.")
+    ] = None,
+    dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    prefill_chunk: Annotated[int | None, Option(help="Tokens of a prompt that run at once.")] = None,
+    stream: Annotated[
+        bool | None, Option(help="Print while generating. Default: if there is one text to print.")
+    ] = None,
+    stats: Annotated[bool, Option("--stats", help="Print tokens/s, acceptance and reads of the weights.")] = False,
+) -> None:
+    """Generate text with an X-LoRA model, or with its base alone.
+
+    What is not given on the command line is as the model's generation_config.json has it.
+    """
+    # Imported here: `--help` answers at once.
+    from transformers import AutoTokenizer
+
+    from interop import FormatError, load_base, load_xlora
+    from interop.generation import load_generation_config
+    from interop.hub import resolve
+    from xlora_jax.text import StopStrings, TextStream
+
+    try:
+        texts = _read_prompts(prompt, prompts)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(base))
+
+        def decode(tokens: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+        stops = StopStrings(tuple(stop), decode) if stop else None
+        given: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "num_return_sequences": num_return_sequences,
+            "stop_at": stops,
+            "frozen_after": frozen_after,
+            "prefill_chunk": prefill_chunk,
+        }
+        config = dataclasses.replace(
+            load_generation_config(base),
+            seed=seed,
+            draft=draft,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        # Blocks side by side: slower to compile than stacked ones, and faster from the first tokens on.
+        if checkpoint is None:
+            if adapter:
+                raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
+            model: Any = load_base(base, dtype=dtype, scan_layers=False)
+        else:
+            adapters = dict(_named(entry) for entry in adapter or []) or None
+            model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
+        ids, mask = _encode(tokenizer, texts, chat=chat, system=system)
+        rows = len(ids) * config.num_return_sequences
+        if stream and rows > 1:
+            raise ValueError(f"--stream prints one text, got {rows}: leave it out")
+        if stream or (stream is None and rows == 1):
+            text = TextStream(decode, stops)
+            for (tokens,) in model.stream(ids, mask, config=config):
+                typer.echo(text.push(tokens), nl=False)
+            typer.echo(text.close())
+        else:
+            out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
+            for row, tokens in enumerate(out.tolist()):
+                if rows > 1:
+                    typer.secho(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
+                written = decode(_before_end(tokens, config.eos))
+                typer.echo(written if stops is None else stops.cut(written))
+        if stats:
+            typer.secho(_describe(model.get_generation_stats()), dim=True, err=True)
+    except (FormatError, ValueError, OSError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def _read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either --prompt or --prompts")
+    if prompts is None:
+        assert prompt is not None
+        return [typer.get_text_stream("stdin").read() if prompt == "-" else prompt]
+    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{prompts}: no prompts; expected one a line")
+    if prompts.suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            texts.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{prompts}, line {number}: expected a JSON string, got {line!r}") from error
+        if not isinstance(texts[-1], str):
+            raise ValueError(f"{prompts}, line {number}: expected a JSON string, got {line!r}")
+    return texts
+
+
+def _named(entry: str) -> tuple[str, str]:
+    name, equals, path = entry.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"--adapter: expected name=DIR, got {entry!r}")
+    return name, path
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | None) -> tuple[Any, Any]:
+    """Token ids and mask, int32 ``[B, T]``, padded on the left."""
+    if system is not None and not chat:
+        raise ValueError("--system needs --chat")
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("--chat: this model's tokenizer has no chat template")
+        before = [] if system is None else [{"role": "system", "content": system}]
+        texts = [
+            tokenizer.apply_chat_template(
+                [*before, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            for text in texts
+        ]
+    # A template writes the special tokens itself.
+    encoded = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+    width = max(map(len, encoded))
+    ids, mask = np.zeros((2, len(encoded), width), np.int32)
+    for row, tokens in enumerate(encoded):
+        if not tokens:
+            raise ValueError(f"prompt {texts[row]!r} has no tokens, and this tokenizer adds none: give some text")
+        ids[row, width - len(tokens) :] = tokens
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
+
+
+def _before_end(tokens: list[int], eos: Sequence[int]) -> list[int]:
+    """The tokens up to the first end of sequence."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in eos), len(tokens))]
+
+
+def _describe(stats: Any) -> str:
+    decoded = max(stats.new_tokens - stats.rows, 0)
+    lines = [
+        f"prefill  {stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s: "
+        f"{stats.prompt_tokens / stats.prefill_seconds:.1f} tokens/s (compilation included)",
+        f"decode   {decoded} tokens in {stats.decode_seconds:.2f} s: {decoded / stats.decode_seconds:.1f} tokens/s "
+        "(compilation included)",
+        f"reads    {stats.reads_per_token:.2f} reads of the weights per token",
+    ]
+    if stats.acceptance is not None:
+        lines.append(f"drafts   {stats.acceptance:.1%} accepted")
+    lines.append(
+        f"caches   {stats.cache_bytes / 2**20:.1f} MiB, {stats.cache_bytes_per_token:,} bytes per token and row"
+    )
+    return "\n".join(lines)
