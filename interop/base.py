@@ -23,7 +23,7 @@ from interop.files import file_in, read_json, write_json
 from interop.hub import resolve
 from interop.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
 from xlora_jax import BaseModel
-from xlora_jax.models import Decoder
+from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
@@ -92,7 +92,7 @@ def load_base(
 
 def _declare(
     base: str | Path, directory: Path, dtype: jax.typing.DTypeLike | None, scan_layers: bool
-) -> tuple[Decoder, BaseOrigin]:
+) -> tuple[Transformer, BaseOrigin]:
     """The module that config.json describes."""
     config_file = file_in(directory, "config.json")
     if config_file is None:
@@ -104,7 +104,7 @@ def _declare(
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     declared = decoder_config(family, config, str(config_file))
-    module = Decoder(declared, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
+    module = family.module(declared, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
     return module, BaseOrigin(str(base), directory, family, config)
 
 
@@ -174,7 +174,7 @@ def leave_in_memory(path: TreePath, leaf: NDArray[Any]) -> Any:
 
 
 def read_params(
-    module: Decoder,
+    module: Transformer,
     family: Family,
     tensors: Mapping[str, LazyTensor],
     dtype: np.dtype[Any],
@@ -199,7 +199,7 @@ def _fill(
     for source in sources:
         tensor = tensors[source.tensor]
         value = require_finite(tensor.read(), tensor.name, tensor.file)
-        buffer[source.member] = value.T if source.transposed else value
+        buffer[source.member] = np.transpose(value, source.order) if source.order else value
     return buffer
 
 
@@ -236,16 +236,16 @@ def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
 
     def taken(leaf: jax.Array, source: _Source) -> NDArray[Any]:
         value = np.asarray(leaf[source.member])
-        return value.T if source.transposed else value
+        return np.transpose(value, np.argsort(source.order)) if source.order else value
 
-    for path, (shape, sources) in _sources(cast(Decoder, model.module), origin.family).items():
+    for path, (shape, sources) in _sources(cast(Transformer, model.module), origin.family).items():
         for source in sources:
             own = shape[len(source.member) :]
             tensors[source.tensor] = LazyTensor(
                 source.tensor,
                 origin.directory,
                 np.dtype(leaves[path].dtype),
-                own[::-1] if source.transposed else own,
+                source.in_file(own),
                 partial(taken, leaves[path], source),
             )
     return tensors
@@ -279,18 +279,22 @@ class _Source:
 
     tensor: str
     member: tuple[int, ...]
-    transposed: bool
+    order: tuple[int, ...]
+
+    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in files of a tensor that has ``shape`` here."""
+        return tuple(shape[axis] for axis in np.argsort(self.order)) if self.order else shape
 
 
-def _sources(module: Decoder, family: Family) -> dict[TreePath, tuple[tuple[int, ...], list[_Source]]]:
+def _sources(module: Transformer, family: Family) -> dict[TreePath, tuple[tuple[int, ...], list[_Source]]]:
     """For each leaf of the parameters its shape, and the tensors that it comes from."""
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
     wanted: dict[TreePath, tuple[tuple[int, ...], list[_Source]]] = {}
     for placed in family.modules(module):
-        for leaf, (suffix, transposed) in LEAVES[placed.kind].items():
+        for leaf, (suffix, order) in LEAVES[placed.kind].items():
             path = (*placed.path, leaf)
             if path in shapes:
-                source = _Source(f"{family.in_file(placed.hf)}.{suffix}", placed.member, transposed)
+                source = _Source(f"{family.in_file(placed.hf)}.{suffix}", placed.member, order)
                 wanted.setdefault(path, (shapes[path], []))[1].append(source)
     unfilled = shapes.keys() - wanted.keys()
     assert not unfilled, f"no row of the family's table fills {unfilled}"
@@ -298,7 +302,7 @@ def _sources(module: Decoder, family: Family) -> dict[TreePath, tuple[tuple[int,
 
 
 def _checked(
-    module: Decoder, family: Family, tensors: Mapping[str, LazyTensor], where: str
+    module: Transformer, family: Family, tensors: Mapping[str, LazyTensor], where: str
 ) -> tuple[Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]], Mapping[str, LazyTensor]]:
     """Where each leaf of the parameters comes from, and the tensors under their full names, after a check of both."""
     if not any(name.startswith(family.prefix) for name in tensors):
@@ -313,7 +317,7 @@ def _check(
     wanted: Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]],
     tensors: Mapping[str, LazyTensor],
     family: Family,
-    module: Decoder,
+    module: Transformer,
     where: str,
 ) -> None:
     """Hold the file's tensors against what the module needs, all of them before any is read."""
@@ -333,7 +337,7 @@ def _check(
     for shape, sources in wanted.values():
         for source in sources:
             expected = shape[len(source.member) :]
-            expected = expected[::-1] if source.transposed else expected
+            expected = source.in_file(expected)
             tensor = tensors[source.tensor]
             if tensor.shape != expected:
                 raise FormatError(

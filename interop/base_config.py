@@ -31,7 +31,7 @@ _SIZES = {
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Without these a config says nothing about the model: transformers would put in those of one that it likes.
-_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
@@ -50,7 +50,7 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
     content = read_json(path)
     family = family_of(content.get("model_type"), str(path))
     also_called: Mapping[str, str] = getattr(CONFIG_MAPPING[family.model_type], "attribute_map", {})
-    for name in _REQUIRED:
+    for name in (family.input_size, *_REQUIRED):
         given = name if content.get(name) is not None else also_called.get(name, name)
         if content.get(given) is None:
             raise FormatError(

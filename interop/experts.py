@@ -19,7 +19,7 @@ from interop.families import ADAPTABLE, LEAVES, Placed, abstract_params
 from interop.lora import LoraAdapter, LoraLayer, renamed
 from xlora_jax import BaseModel
 from xlora_jax.layers import ABSENT, AdaptedLayers
-from xlora_jax.models import Decoder
+from xlora_jax.models import Transformer
 from xlora_jax.stacking import Piece, stack_pieces
 from xlora_jax.trees import Path, flatten, unflatten
 
@@ -35,7 +35,7 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
         FormatError: an adapter has a layer that the base has not, or of another shape, or its own weights of the base.
     """
     origin: BaseOrigin = base.origin
-    module = cast(Decoder, base.module)
+    module = cast(Transformer, base.module)
     shapes = _layer_shapes(base)
     places = {placed.hf: placed for placed in origin.family.modules(module) if placed.kind in ADAPTABLE}
     fitted = tuple(renamed(adapter, places) for adapter in adapters)
@@ -64,7 +64,7 @@ def stack_experts(
         FormatError: there is no adapted layer at all.
     """
     origin: BaseOrigin = base.origin
-    module = cast(Decoder, base.module)
+    module = cast(Transformer, base.module)
     shapes = _layer_shapes(base)
     pieces: dict[str, list[Piece]] = {}
     for expert, adapter in enumerate(adapters):
@@ -179,7 +179,7 @@ def _weight(base: BaseModel, place: Placed) -> NDArray[Any]:
 
 def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
     """Kernel shape of every layer that can be adapted, by its place; for an embedding [V, D]."""
-    module = cast(Decoder, base.module)
+    module = cast(Transformer, base.module)
     leaves = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items() if path[-1] in _KERNELS}
     # A tied head has no kernel of its own.
     config = module.config

@@ -13,11 +13,19 @@ from functools import lru_cache
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 
 from interop.errors import FormatError, brief
 from xlora_jax.layers import ABSENT, AdaptedLayers, Slot
-from xlora_jax.models import Decoder, DecoderConfig, Rope, RoutedMLP
+from xlora_jax.models import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    Rope,
+    RoutedMLP,
+    Transformer,
+    VisionTransformer,
+)
 from xlora_jax.trees import flatten
 
 __all__ = [
@@ -34,10 +42,9 @@ __all__ = [
 
 
 @lru_cache(maxsize=32)
-def abstract_params(module: Decoder) -> Mapping[str, Any]:
+def abstract_params(module: Transformer) -> Mapping[str, Any]:
     """Shapes and dtypes of a module's parameters, without making them."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    variables = jax.eval_shape(module.init, jax.random.key(0), **module.example_inputs())
     params: Mapping[str, Any] = variables["params"]
     return params
 
@@ -65,20 +72,25 @@ def _rows(kind: str, *names: str) -> tuple[Module, ...]:
     return tuple(Module(name, tuple(name.split(".")), kind) for name in names)
 
 
-# For each kind of module: our leaf -> torch's tensor, and whether it is transposed. Both directions read this table.
-LEAVES: dict[str, dict[str, tuple[str, bool]]] = {
-    "linear": {"kernel": ("weight", True), "bias": ("bias", False)},
+# For each kind of module: our leaf -> torch's tensor, and the order of torch's axes in ours (empty: the same). Both
+# directions read this table.
+LEAVES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
+    "linear": {"kernel": ("weight", (1, 0)), "bias": ("bias", ())},
     # transformers' Conv1D (GPT-2): stored [in, out], which PEFT calls fan_in_fan_out.
-    "linear_in_out": {"kernel": ("weight", False), "bias": ("bias", False)},
+    "linear_in_out": {"kernel": ("weight", ()), "bias": ("bias", ())},
+    "conv": {"kernel": ("weight", (2, 3, 1, 0)), "bias": ("bias", ())},
     # Not torch modules of their own in transformers 5, so that no adapter can target them.
-    "router": {"kernel": ("weight", True)},
-    "routed": {"kernel": ("weight", True)},
-    "embedding": {"embedding": ("weight", False)},
-    "positions": {"embedding": ("weight", False)},
-    "norm": {"scale": ("weight", False), "bias": ("bias", False)},
+    "router": {"kernel": ("weight", (1, 0))},
+    "routed": {"kernel": ("weight", (1, 0))},
+    # It sees one position, for which there is no gate.
+    "head": {"kernel": ("weight", (1, 0)), "bias": ("bias", ())},
+    "embedding": {"embedding": ("weight", ())},
+    "positions": {"embedding": ("weight", ())},
+    "class_token": {"cls_token": ("cls_token", ()), "position_embeddings": ("position_embeddings", ())},
+    "norm": {"scale": ("weight", ()), "bias": ("bias", ())},
 }
 # The kinds that LoRA can adapt, and what an adapter calls them.
-ADAPTABLE = {"linear": "linear", "linear_in_out": "linear", "embedding": "embedding"}
+ADAPTABLE = {"linear": "linear", "linear_in_out": "linear", "embedding": "embedding", "conv": "conv"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ class Family:
         after: modules behind the blocks.
         ignored: ends of tensor names that old checkpoints carry and no model reads.
         renamed: pairs of a part of a torch name and what stands for it in files.
+        module: the Flax module that a declaration is for.
+        input_size: the field that says how much there is of what goes in: words, or pixels.
     """
 
     model_type: str
@@ -123,8 +137,10 @@ class Family:
     after: tuple[Module, ...]
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    module: type[Transformer] = Decoder
+    input_size: str = "vocab_size"
 
-    def modules(self, module: Decoder) -> Iterator[Placed]:
+    def modules(self, module: Transformer) -> Iterator[Placed]:
         """All modules that have parameters, and an output head that borrows its own.
 
         They come in torch's pre-order, which is the order in which PEFT numbers adapted layers.
@@ -165,7 +181,7 @@ class Family:
             hf = hf.replace(part, stored)
         return hf
 
-    def adapted_layers(self, base: Decoder, adapted: Collection[str], *, with_bias: bool) -> AdaptedLayers:
+    def adapted_layers(self, base: Transformer, adapted: Collection[str], *, with_bias: bool) -> AdaptedLayers:
         """Number the modules named in ``adapted`` as PEFT does."""
         names: list[str] = []
         slots: dict[tuple[str, ...], int | list[int]] = {}
@@ -615,6 +631,72 @@ def _read_qwen3_moe(fields: Fields) -> DecoderConfig:
     return _llama(fields, qk_norm="head", routed=routed, routed_layers=layers, **_attention_bias(fields))
 
 
+def _read_encoder(fields: Fields, family: str) -> dict[str, Any]:
+    """What BERT, RoBERTa and ViT share."""
+    heads, hidden = fields.take("num_attention_heads"), fields.take("hidden_size")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"):
+        fields.take(name)
+    head = next((name.split("For")[-1] for name in fields.take("architectures") or ()), None)
+    heads_of = {"SequenceClassification": "pooled", "TokenClassification": "token", "ImageClassification": "first"}
+    if head not in heads_of:
+        raise fields.error("architectures", head, f"{family}For{' or '.join(heads_of)}")
+    return {
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "num_layers": fields.take("num_hidden_layers"),
+        "intermediate_size": fields.take("intermediate_size"),
+        "activation": _activation(fields),
+        "norm": "layer",
+        "norm_eps": fields.take("layer_norm_eps"),
+        "rope": None,
+        "mlp": "plain",
+        "o_bias": True,
+        "mlp_bias": True,
+        "num_labels": len(fields.take("id2label") or (0, 1)),
+        "head": heads_of[head],
+    }
+
+
+def _read_bert(fields: Fields) -> EncoderConfig:
+    roberta = fields.peek("model_type") == "roberta"
+    for name, only in (("is_decoder", False), ("position_embedding_type", "absolute")):
+        if (value := fields.take(name, only)) != only:
+            raise fields.error(name, value, repr(only))
+    padding = fields.peek("pad_token_id")
+    return EncoderConfig(
+        vocab_size=fields.take("vocab_size"),
+        token_types=fields.take("type_vocab_size"),
+        learned_positions=fields.take("max_position_embeddings"),
+        # RoBERTa counts from its padding token's number on, and tokens other than that only.
+        position_offset=padding + 1 if roberta else 0,
+        padding_token=padding if roberta else None,
+        qkv_bias=True,
+        norm_placement="sum",
+        **_read_encoder(fields, "Roberta" if roberta else "Bert"),
+    )
+
+
+def _read_vit(fields: Fields) -> EncoderConfig:
+    # Of the pooler and of masked images, which the classifier does not use.
+    for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
+        fields.take(name)
+
+    def pair(name: str) -> tuple[int, ...]:
+        value = fields.take(name)
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    return EncoderConfig(
+        vocab_size=0,
+        image_size=pair("image_size"),
+        patch_size=pair("patch_size"),
+        channels=fields.take("num_channels"),
+        qkv_bias=fields.take("qkv_bias"),
+        **_read_encoder(fields, "ViT"),
+    )
+
+
 _EMBED = Module("model.embed_tokens", ("embed_tokens",), "embedding")
 _NORM = Module("model.norm", ("norm",), "norm")
 _LM_HEAD = Module("lm_head", ("lm_head",), "linear")
@@ -748,6 +830,74 @@ _OPT = Family(
     after=(_LM_HEAD,),
 )
 
+
+def _bert(model_type: str, causal_lm: str, head: tuple[Module, ...]) -> Family:
+    name = f"{model_type}.embeddings"
+    return Family(
+        model_type=model_type,
+        causal_lm=causal_lm,
+        read=_read_bert,
+        before=(
+            Module(f"{name}.word_embeddings", ("embed_tokens",), "embedding"),
+            Module(f"{name}.position_embeddings", ("embed_positions",), "positions"),
+            Module(f"{name}.token_type_embeddings", ("embed_types",), "positions"),
+            Module(f"{name}.LayerNorm", ("embed_norm",), "norm"),
+        ),
+        blocks=f"{model_type}.encoder.layer",
+        block=(
+            *_linears(
+                attention__self__query="self_attn.q_proj",
+                attention__self__key="self_attn.k_proj",
+                attention__self__value="self_attn.v_proj",
+                attention__output__dense="self_attn.o_proj",
+                intermediate__dense="mlp.up_proj",
+                output__dense="mlp.down_proj",
+            ),
+            Module("attention.output.LayerNorm", ("post_attention_norm",), "norm"),
+            Module("output.LayerNorm", ("post_mlp_norm",), "norm"),
+        ),
+        after=head,
+        ignored=(".embeddings.position_ids", ".embeddings.token_type_ids"),
+        module=Encoder,
+    )
+
+
+_VIT = Family(
+    model_type="vit",
+    causal_lm="ViTForImageClassification",
+    read=_read_vit,
+    before=(
+        Module("vit.embeddings", ("embeddings",), "class_token"),
+        Module("vit.embeddings.patch_embeddings.projection", ("patches",), "conv"),
+    ),
+    blocks="vit.layers",
+    block=(
+        *_linears(
+            attention__q_proj="self_attn.q_proj",
+            attention__k_proj="self_attn.k_proj",
+            attention__v_proj="self_attn.v_proj",
+            attention__o_proj="self_attn.o_proj",
+            mlp__fc1="mlp.up_proj",
+            mlp__fc2="mlp.down_proj",
+        ),
+        Module("layernorm_before", ("pre_attention_norm",), "norm"),
+        Module("layernorm_after", ("pre_mlp_norm",), "norm"),
+    ),
+    after=(Module("vit.layernorm", ("norm",), "norm"), Module("classifier", ("classifier",), "head")),
+    # Files have the names of transformers 4.
+    renamed=(
+        ("vit.layers.", "vit.encoder.layer."),
+        (".attention.q_proj", ".attention.attention.query"),
+        (".attention.k_proj", ".attention.attention.key"),
+        (".attention.v_proj", ".attention.attention.value"),
+        (".attention.o_proj", ".attention.output.dense"),
+        (".mlp.fc1", ".intermediate.dense"),
+        (".mlp.fc2", ".output.dense"),
+    ),
+    module=VisionTransformer,
+    input_size="image_size",
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -793,6 +943,25 @@ FAMILIES: dict[str, Family] = {
         _GPT_NEOX,
         _GPT2,
         _OPT,
+        _bert(
+            "bert",
+            "BertForSequenceClassification or BertForTokenClassification",
+            (
+                Module("bert.pooler.dense", ("pooler",), "head"),
+                Module("classifier", ("classifier",), "head"),
+                Module("classifier", ("token_classifier",), "head"),
+            ),
+        ),
+        _bert(
+            "roberta",
+            "RobertaForSequenceClassification or RobertaForTokenClassification",
+            (
+                Module("classifier.dense", ("pooler",), "head"),
+                Module("classifier.out_proj", ("classifier",), "head"),
+                Module("classifier", ("token_classifier",), "head"),
+            ),
+        ),
+        _VIT,
     )
 }
 

@@ -67,7 +67,11 @@ class _Classifying(Transformer):
             self.layers = self.single_blocks()
         if cfg.head == "pooled":
             self.pooler = nn.Dense(cfg.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
-        self.classifier = nn.Dense(cfg.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
+        classifier = nn.Dense(cfg.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
+        if cfg.head == "token":
+            self.token_classifier = classifier
+        else:
+            self.classifier = classifier
 
     def see_all(self, x: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
         """Take ``x [B, T, D]`` through the blocks; padding is seen by none."""
@@ -80,7 +84,7 @@ class _Classifying(Transformer):
     def unembed(self, hidden_states: jax.Array) -> jax.Array:
         """Logits ``[B, T, C]`` of ``hidden_states [B, T, D]`` for the ``token`` head, else ``[B, C]``."""
         if self.config.head == "token":
-            return cast(jax.Array, self.classifier(hidden_states))
+            return cast(jax.Array, self.token_classifier(hidden_states))
         first = hidden_states[:, 0]
         if self.config.head == "pooled":
             first = jnp.tanh(self.pooler(first))
@@ -188,6 +192,14 @@ class VisionTransformer(_Classifying):
         self.norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
         self.make_blocks_and_head()
 
+    def unembed(self, hidden_states: jax.Array) -> jax.Array:
+        """Logits ``[B, C]`` of ``hidden_states [B, 1 + P, D]`` before the final norm."""
+        return super().unembed(self.norm(hidden_states))
+
+    def example_inputs(self) -> dict[str, jax.Array]:
+        """One image."""
+        return {"pixel_values": jnp.zeros((1, self.config.channels, *self.config.image_size), self.dtype)}
+
     def __call__(self, *, pixel_values: jax.Array, with_logits: bool = True) -> DecoderOutput:
         """Run the model.
 
@@ -196,7 +208,8 @@ class VisionTransformer(_Classifying):
             with_logits: also apply the head.
 
         Returns:
-            Hidden states ``[B, 1 + P, D]`` after the final norm, class token first, and logits ``[B, C]``.
+            Hidden states ``[B, 1 + P, D]``, class token first, and logits ``[B, C]``. The hidden states are those
+            before the final norm, as transformers' ``hidden_states[-1]``, which is what PEFT's classifier reads.
 
         Raises:
             ValueError: images of another size.
@@ -209,5 +222,5 @@ class VisionTransformer(_Classifying):
             )
         x = self.patches(jnp.moveaxis(pixel_values, 1, -1).astype(self.dtype))
         x = self.embeddings(x.reshape(x.shape[0], -1, x.shape[-1]))
-        hidden_states = self.norm(self.see_all(x, None))
+        hidden_states = self.see_all(x, None)
         return DecoderOutput(hidden_states, self.unembed(hidden_states) if with_logits else None)

@@ -82,6 +82,10 @@ class Transformer(nn.Module):
         )
         return scanned(self.config, self.dtype, self.param_dtype, group.routed, name=group.name)
 
+    def example_inputs(self) -> dict[str, jax.Array]:
+        """Inputs of the smallest call, by name: enough for ``init``."""
+        return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
+
     def scanned_blocks(self) -> list[Any]:
         """Make the blocks, each group of them one scan; for ``setup``."""
         return [self._scanned(group) for group in self.config.groups]
