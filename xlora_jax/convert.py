@@ -5,6 +5,10 @@ Experts act wherever the ``experts`` collection has an entry at the path of an `
 ``nn.remat`` and ``nn.jit`` do so by themselves, ``nn.scan`` and ``nn.vmap`` have to be told with
 ``variable_axes={"params": 0, "experts": 0, "scalings": 0}``.
 
+Flax NNX has no place to intercept: a layer's ``__call__`` is looked up on its class, and its variables are attributes
+rather than collections by path, so that ``nnx.bridge.ToLinen`` shows this module one Linen module without submodules.
+An NNX model needs its layers exchanged for ones that call :func:`xlora_jax.mixing.mix_experts`, which is array code.
+
 Axes as in :mod:`xlora_jax.mixing`, and M for modules stacked by ``nn.scan``.
 """
 
