@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import string
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from interop import load_xlora
 from tests.reference import peft_run, prompt, relative_error, reload_in_peft
-from xlora_jax.cli.train import Job, command, run_training
+from xlora_jax.cli.main import app
+from xlora_jax.cli.train import Job, run_training
 from xlora_jax.trainer import TrainConfig
-
-app = typer.Typer()
-app.command("train")(command)
-
-
-@app.callback()
-def subcommands():
-    """Without this, Typer takes the only command for the whole application."""
-
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}.{% endfor %}"
@@ -144,3 +139,26 @@ def test_help_is_enough_to_begin():
     text = invoke(["train", "--help"]).output
     for word in ("--base", "--adapter", "--data", "--output", "--checkpoint-every", "prompt", "completion", "messages"):
         assert word in text
+
+
+@pytest.mark.slow
+def test_the_example_with_its_own_loop(files, tmp_path):
+    folder, base_dir, adapters = files
+    example = Path(__file__).parents[2] / "examples" / "train_gate.py"
+    assert len(example.read_text().splitlines()) <= 40
+    words = " ".join(json.loads(line).get("text", "abc") for line in (folder / "train.jsonl").read_text().splitlines())
+    (tmp_path / "text.txt").write_text(words * 4)
+    done = subprocess.run(
+        [
+            *(sys.executable, example, base_dir, f"one={adapters[0]}", f"two={adapters[1]}"),
+            *("--text", tmp_path / "text.txt", "--output", tmp_path / "gate", "--steps", "11"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=example.parents[1],
+        env={**os.environ, "PYTHONPATH": str(example.parents[1])},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 10: loss" in done.stdout
+    assert load_xlora(base_dir, checkpoint=tmp_path / "gate").expert_names == ("one", "two")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from xlora_jax.cli import export, generate, inspect
+from xlora_jax.cli import export, generate, inspect, train
 
 __all__ = ["app", "main"]
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 
 app.command("inspect")(inspect.command)
+app.command("train")(train.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
 
