@@ -12,14 +12,22 @@ INTEROP = sorted((ROOT / "interop").rglob("*.py"))
 FOREIGN = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "tokenizers"}
 # From the ground up; a module imports from floors below its own, or from its own folder.
 FLOORS = [
-    ("xlora_jax.config", "xlora_jax.layers", "xlora_jax.mixing", "xlora_jax.sampling", "xlora_jax.trees"),
+    (
+        "xlora_jax.config",
+        "xlora_jax.layers",
+        "xlora_jax.mixing",
+        "xlora_jax.sampling",
+        "xlora_jax.stacking",
+        "xlora_jax.text",
+        "xlora_jax.trees",
+    ),
     ("xlora_jax.losses", "xlora_jax.metrics", "xlora_jax.optimizers", "xlora_jax.regularizers"),
     ("xlora_jax.data", "xlora_jax.modules", "xlora_jax.sharding"),
     ("xlora_jax.models",),
     ("xlora_jax.forward",),
-    ("xlora_jax.generation", "xlora_jax.scaling_cache", "xlora_jax.training", "xlora_jax.convert"),
-    ("xlora_jax.checkpoints", "xlora_jax.model"),
-    ("xlora_jax.trainer",),
+    ("xlora_jax.generation", "xlora_jax.scaling_cache", "xlora_jax.training"),
+    ("xlora_jax.checkpoints", "xlora_jax.model", "xlora_jax.objectives"),
+    ("xlora_jax.convert", "xlora_jax.trainer"),
 ]
 
 
