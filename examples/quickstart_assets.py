@@ -1,0 +1,313 @@
+"""What quickstart.py starts from, made on this machine in a few minutes and kept in a directory.
+
+    texts     four domains, from the standard library and its data or generated; train and held-out parts
+    tokenizer a byte-level BPE trained on them, in HF's files
+    base      a small Llama trained lightly on the mix, in HF's files
+    experts   one LoRA per domain, trained and saved by PEFT, each with its own rank and target modules
+
+None of it is about X-LoRA: with a base model and adapters of your own you need nothing of this file.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import random
+import re
+import sysconfig
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging
+
+ROW = 192  # tokens of one training row, <bos> included
+VOCABULARY = 1024
+DOMAINS = ("python", "english", "arithmetic", "json")
+PROMPTS = {
+    "python": "class Parser:\n    def __init__(self, ",
+    "english": "Return a new list that contains",
+    "arithmetic": "4718+3695\n8+5+0=13\n",
+    "json": '{"name": "LATIN SMALL LETTER',
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Settings of one expert's LoRA. They differ on purpose: X-LoRA asks for no common rank or target."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+    rslora: bool = False
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+ADAPTERS = {
+    "python": Adapter(rank=32, alpha=64, targets=ATTENTION + MLP),
+    "english": Adapter(rank=24, alpha=48, targets=ATTENTION + MLP),
+    "arithmetic": Adapter(rank=16, alpha=8, targets=ATTENTION + MLP, rslora=True),
+    "json": Adapter(rank=8, alpha=16, targets=("v_proj", *MLP)),
+}
+
+BASE_STEPS, EXPERT_STEPS, BATCH, RATE = 200, 240, 12, 1e-2
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Where the pieces lie, and the rows of tokens. Rows are int32 [rows, ROW]."""
+
+    base: Path
+    adapters: dict[str, str]
+    train: dict[str, np.ndarray]
+    held_out: dict[str, np.ndarray]
+
+
+def prepare(directory: Path, console: Console) -> Assets:
+    """Makes in `directory` what is not there yet, and reads it. A changed recipe makes everything anew."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    stamp = directory / "recipe.txt"
+    if not stamp.exists() or stamp.read_text() != recipe:
+        stamp.unlink(missing_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        with console.status("reading texts, training the tokenizer"):
+            _make_rows(directory)
+        _make_models(directory, console)
+        stamp.write_text(recipe)
+    with np.load(directory / "rows.npz") as rows:
+        train = {domain: rows[f"train/{domain}"] for domain in DOMAINS}
+        held_out = {domain: rows[f"held_out/{domain}"] for domain in DOMAINS}
+    adapters = {domain: str(directory / "experts" / domain) for domain in DOMAINS}
+    return Assets(directory / "base", adapters, train, held_out)
+
+
+# Texts
+
+
+def _library_files(limit: int = 400) -> list[Path]:
+    """Modules of the standard library, in an order that mixes packages but is the same at every run."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+    files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
+    files.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    return files[:limit]
+
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _split_module(source: str) -> tuple[str, list[str]]:
+    """One module as code without docstrings and comments, and its docstrings."""
+    tree = ast.parse(source)
+    docstrings = []
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+            docstrings.append(text)
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree), docstrings
+
+
+def _prose(text: str) -> Iterator[str]:
+    """The paragraphs of `text` that are sentences (no code, tables or signatures), each on one line."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = " ".join(paragraph.split()).replace("``", "").replace("**", "")
+        letters = sum(character.isalpha() or character in " ,.'" for character in line)
+        if len(line) > 60 and letters > 0.95 * len(line) and line.count(" ") > 0.12 * len(line):
+            yield line
+
+
+def _sum_with_carries(rng: random.Random) -> str:
+    """One addition, worked digit by digit from the right; the third summand is what was carried."""
+    a, b = (rng.randrange(1000, 10000) for _ in range(2))
+    lines, carry = [f"{a}+{b}"], 0
+    for i in range(4):
+        x, y = a // 10**i % 10, b // 10**i % 10
+        lines.append(f"{x}+{y}+{carry}={x + y + carry:02}")
+        carry = (x + y + carry) // 10
+    return "\n".join([*lines, f"answer {a + b}"])
+
+
+def _character_record(character: str) -> str:
+    """What Python knows of one Unicode character, as a line of JSON."""
+    record = {
+        "name": unicodedata.name(character),
+        "category": unicodedata.category(character),
+        "bidirectional": unicodedata.bidirectional(character),
+        "width": unicodedata.east_asian_width(character),
+        "decimal": unicodedata.decimal(character, None),
+    }
+    return json.dumps(record)
+
+
+def _documents() -> Iterator[tuple[str, str, bool]]:
+    """(domain, text, held out?). What is held out shares no module, sum or character with what is trained on."""
+    for number, path in enumerate(_library_files()):
+        try:
+            code, docstrings = _split_module(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        yield "python", code, number % 8 == 0
+        yield "english", "\n".join(line for text in docstrings for line in _prose(text)), number % 8 == 0
+    if importlib.util.find_spec("pydoc_data"):  # absent from some slimmed-down installations
+        from pydoc_data.topics import topics
+
+        for number, name in enumerate(sorted(topics)):
+            yield "english", "\n".join(_prose(topics[name])), number % 8 == 0
+
+    rng = random.Random(0)
+    for number in range(400):
+        yield "arithmetic", "\n".join(_sum_with_carries(rng) for _ in range(16)), number % 8 == 0
+
+    named = [chr(code) for code in range(0x20, 0x2FFF) if unicodedata.name(chr(code), "")]
+    for number, start in enumerate(range(0, len(named), 16)):
+        records = "\n".join(_character_record(character) for character in named[start : start + 16])
+        yield "json", records, number % 8 == 0
+
+
+def _make_rows(directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    documents = [document for document in _documents() if document[1]]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for _, text, held_out in documents if not held_out), trainer)
+    bos = tokenizer.token_to_id("<bos>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_max_length=512,
+    )
+    fast.save_pretrained(directory / "base")
+
+    rows: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    for domain in DOMAINS:
+        for part, wanted in (("train", (domain, False)), ("held_out", (domain, True))):
+            texts = [text + "\n" for name, text, held_out in documents if (name, held_out) == wanted]
+            encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+            stream = np.concatenate([np.asarray(one.ids, np.int32) for one in encoded])
+            stream = stream[: len(stream) // (ROW - 1) * (ROW - 1)].reshape(-1, ROW - 1)
+            table = np.concatenate([np.full((len(stream), 1), bos, np.int32), stream], axis=1)
+            rows[f"{part}/{domain}"] = rng.permutation(table)
+    np.savez_compressed(directory / "rows.npz", **rows)
+
+
+# Models
+
+
+def batches(tables: list[np.ndarray], size: int, seed: int) -> Iterator[np.ndarray]:
+    """Endless batches int32 [size, ROW] in equal shares of the `tables`; in every other row the text changes midway."""
+    rng = np.random.default_rng(seed)
+
+    def rows() -> np.ndarray:
+        drawn = rng.permutation(np.arange(size) % len(tables))
+        return np.stack([tables[i][rng.integers(len(tables[i]))] for i in drawn])
+
+    while True:
+        change = rng.integers(1, 2 * ROW, (size, 1))
+        yield np.where(np.arange(ROW) < change, rows(), rows())
+
+
+def quiet() -> None:
+    """Silence what third parties say to each other: progress bars beside ours, and a name that PEFT still uses."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar whose tasks have a field `loss`."""
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _make_models(directory: Path, console: Console) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    def fit(model: torch.nn.Module, tables: list[np.ndarray], steps: int, label: str) -> None:
+        """Muon for what is a matrix between hidden states, AdamW for the rest: a few hundred steps go twice as far."""
+        learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        matrices = [parameter for name, parameter in learned.items() if parameter.ndim == 2 and "embed" not in name]
+        others = [parameter for name, parameter in learned.items() if parameter.ndim != 2 or "embed" in name]
+        muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        optimizers: list[torch.optim.Optimizer] = [muon]
+        if others:
+            optimizers.append(torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.98)))
+        task = progress.add_task(label, total=steps, loss=float("nan"))
+        model.train()
+        for step, batch in zip(range(steps), batches(tables, BATCH, seed=1), strict=False):
+            rate = RATE * min(1.0, (step + 1) / 20, 1.2 * (1 - step / steps))
+            tokens = torch.from_numpy(batch).long()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.update(task, advance=1, loss=loss.item())
+
+    with np.load(directory / "rows.npz") as stored:
+        rows = {domain: stored[f"train/{domain}"] for domain in DOMAINS}
+    tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+    torch.manual_seed(0)
+    with progress_bar(console) as progress:
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=352,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                initializer_range=0.03,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        fit(base, list(rows.values()), BASE_STEPS, "base, on the mix")
+        base.save_pretrained(directory / "base")
+        for domain, adapter in ADAPTERS.items():
+            config = LoraConfig(
+                task_type="CAUSAL_LM",
+                r=adapter.rank,
+                lora_alpha=adapter.alpha,
+                use_rslora=adapter.rslora,
+                target_modules=list(adapter.targets),
+            )
+            expert = get_peft_model(AutoModelForCausalLM.from_pretrained(directory / "base"), config)
+            fit(expert, [rows[domain]], EXPERT_STEPS, f"expert, {domain}, r={adapter.rank}")
+            expert.save_pretrained(str(directory / "experts" / domain))

@@ -1,0 +1,141 @@
+"""The picture of quickstart.py: which expert each token uses, and what that is worth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import NullLocator
+
+_INK, _SOFT, _PAPER = "#1f2328", "#6e7781", "#ffffff"
+_CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+_COLUMNS = 108  # characters of a line of the text
+
+Losses = Mapping[str, Mapping[str, float]]
+
+
+def draw(
+    path: Path,
+    *,
+    tokens: Sequence[str],
+    gates: np.ndarray,
+    shares: Losses,
+    losses: Losses,
+    colours: Mapping[str, str],
+) -> None:
+    """Write the picture.
+
+    Args:
+        path: of the PNG.
+        tokens: T pieces of a text.
+        gates: [T, N], of each token for each expert.
+        shares: domain -> expert -> mean gate.
+        losses: variant -> domain -> loss, with "base", "uniform mix", "X-LoRA" and "expert <domain>" among them.
+        colours: domain -> colour, in the order of the experts.
+    """
+    plt.rcParams.update({"font.size": 12, "text.color": _INK, "axes.labelcolor": _INK, "font.family": "DejaVu Sans"})
+    figure = plt.figure(figsize=(14, 7.875), dpi=150, facecolor=_PAPER)
+    figure.text(0.03, 0.935, "X-LoRA asks the right expert, token by token", fontsize=23, weight="bold")
+    caption = (
+        f"{len(colours)} LoRA experts from PEFT, one gate trained in JAX. "
+        "One text, never trained on; each token in the colours of the experts that the gate asks:"
+    )
+    figure.text(0.03, 0.885, caption, color=_SOFT, fontsize=13)
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (0.985, 0.92), "ncols": len(patches)}
+    figure.legend(handles=patches, frameon=False, handlelength=1, handleheight=1, columnspacing=1.3, **place)
+    _text(figure.add_axes((0.03, 0.455, 0.945, 0.41)), tokens, gates, list(colours.values()))
+    _shares(figure.add_axes((0.105, 0.07, 0.375, 0.28)), shares, colours)
+    _losses(figure.add_axes((0.6, 0.07, 0.37, 0.28)), losses, list(colours))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _text(axes: Axes, tokens: Sequence[str], gates: np.ndarray, colours: Sequence[str]) -> None:
+    """The text in a grid of characters, each token on the colours of its experts, mixed by its gates."""
+    palette = np.array([to_rgb(colour) for colour in colours])
+    row = column = 0
+    for token, gate in zip(tokens, gates, strict=True):
+        # An undecided token is pale, a decided one strong.
+        strength = 0.1 + 0.5 * (gate.max() * len(gate) - 1) / (len(gate) - 1)
+        colour = (*(gate @ palette), strength)
+        for piece in re.findall(r"\n|[^\n]+", token):
+            if piece == "\n":
+                row, column = row + 1, 0
+                continue
+            if column + len(piece) > _COLUMNS:
+                row, column = row + 1, 2
+            axes.add_patch(Rectangle((column, row), len(piece) - 0.1, 0.92, color=colour, linewidth=0))
+            for character in piece:
+                axes.text(column + 0.45, row + 0.48, character, family="DejaVu Sans Mono", fontsize=12.6, **_CENTRED)
+                column += 1
+    axes.set_xlim(0, _COLUMNS)
+    axes.set_ylim(row + (column > 0), 0)
+    axes.axis("off")
+
+
+def _shares(axes: Axes, shares: Losses, colours: Mapping[str, str]) -> None:
+    """A bar for each domain, divided among the experts."""
+    axes.set_title("How much each expert is used", loc="left", weight="bold", fontsize=13.5, pad=28)
+    axes.text(0, 1.04, "mean gate on held-out text of each domain", color=_SOFT, transform=axes.transAxes)
+    for place, row in enumerate(shares.values()):
+        left = 0.0
+        for expert, share in row.items():
+            axes.barh(place, share, left=left, color=colours[expert], height=0.62, edgecolor=_PAPER, linewidth=1.2)
+            if share > 0.06:
+                axes.text(
+                    left + share / 2, place, f"{share:.0%}", ha="center", va="center", color=_PAPER, weight="bold"
+                )
+            left += share
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+    axes.set_xlim(0, 1)
+    axes.invert_yaxis()
+    _plain(axes)
+
+
+def _losses(axes: Axes, losses: Losses, domains: Sequence[str]) -> None:
+    """How far base, uniform mix and X-LoRA are from each domain's own expert."""
+    axes.set_title("Held-out loss against the domain's own expert", loc="left", weight="bold", fontsize=13.5, pad=28)
+    axes.axvspan(-1, 0.05, color="#dafbe1", linewidth=0)
+    axes.text(0.049, len(domains) - 0.55, "within 5%", color="#1a7f37", fontsize=11, ha="right")
+    axes.axvline(0, color=_SOFT, linewidth=1)
+    styles: dict[str, dict[str, Any]] = {
+        "base": {"marker": "o", "color": "#8c959f", "s": 90},
+        "uniform mix": {"marker": "s", "color": "#8c959f", "s": 80, "facecolors": _PAPER, "linewidths": 2},
+        "X-LoRA": {"marker": "D", "color": _INK, "s": 95},
+    }
+    excess = {
+        variant: [losses[variant][domain] / losses[f"expert {domain}"][domain] - 1 for domain in domains]
+        for variant in styles
+    }
+    for variant, style in styles.items():
+        axes.scatter(excess[variant], range(len(domains)), label=variant, zorder=3, **style)
+    values = [value for row in excess.values() for value in row]
+    axes.set_yticks(range(len(domains)), domains)
+    # Linear up to 5%, logarithmic beyond: the domains differ much in what there is to win.
+    axes.set_xscale("symlog", linthresh=0.05, linscale=0.5)
+    axes.set_xticks([0, 0.05, 0.1, 0.2, 0.5, 1], ["0", "+5%", "+10%", "+20%", "+50%", "+100%"])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(min(-0.01, 1.2 * min(values)), max(2, 1.2 * max(values)))
+    axes.set_ylim(len(domains) - 0.5, -0.5)
+    axes.grid(axis="y", color="#eaeef2", zorder=0)
+    axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=3, handletextpad=0.2, columnspacing=1.2
+    )
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
