@@ -88,7 +88,8 @@ def test_files(tmp_path):
 
 
 def test_hf_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     records = [{"prompt": "ab", "completion": "c"}, {"prompt": "d", "completion": "ef"}]
     dataset = datasets.Dataset.from_list(records)
     dataset.save_to_disk(str(tmp_path / "set"))
