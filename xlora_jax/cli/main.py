@@ -10,7 +10,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="xlora-jax",
-    help="X-LoRA, a mixture of LoRA experts, for JAX: look at files, train a gate, generate, export, report.",
+    help="X-LoRA, a mixture of LoRA experts, for JAX: look at files, train a gate, generate, export.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
