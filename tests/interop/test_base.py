@@ -1,6 +1,7 @@
 """Base models as files: back bit for bit, in shards, and loaded without a second copy in memory."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,6 +65,26 @@ def test_parameters_are_placed_as_they_are_read(base: Callable[..., Path]) -> No
     model = load_base(base("llama"), place=place)
     assert ("base", "layers", "mlp", "up_proj", "kernel") in seen
     assert all(leaf.sharding == NamedSharding(mesh, P()) for leaf in jax.tree.leaves(model.params))
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from interop import load_base
+from xlora_jax.sharding import make_mesh, placer
+ids = np.arange(14).reshape(2, 7)
+whole = load_base(sys.argv[1])
+parts = load_base(sys.argv[1], place=placer(make_mesh(data=1, fsdp=2, tensor=4)))
+kernel = parts.params["layers"]["mlp"]["up_proj"]["kernel"]
+assert len(jax.devices()) == 8 and kernel.addressable_shards[0].data.size * 8 == kernel.size
+np.testing.assert_allclose(parts(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_mesh_gets_its_shards_straight_from_the_files(base: Callable[..., Path]) -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", SHARDED, str(base("llama"))], env=environment, check=True, timeout=280)
 
 
 # VmHWM is this process's own; ru_maxrss would begin with that of the process that started it.

@@ -172,18 +172,7 @@ def test_handled_options_mean_what_peft_says(untied, tmp_path, option):
     assert_means_what_peft_says(fresh_base(untied), directory, IDS)
 
 
-# Those whose layers differ in kind, number, rank or parts; the others differ in numbers only.
-@pytest.mark.parametrize(
-    "option",
-    [
-        "both patterns, first match wins",
-        "lora_bias",
-        "regex targets",
-        "layers_to_transform",
-        "embedding and head",
-        "velora",
-    ],
-)
+@pytest.mark.parametrize("option", HANDLED)
 def test_one_expert_alone_is_pefts_adapter(untied, tmp_path, option):
     """In our forward pass: the softmax over one expert is 1, so that X-LoRA with it is the plain adapter."""
     directory = make_adapter(untied, tmp_path, **HANDLED[option])
