@@ -114,7 +114,8 @@ MODELS: dict[str, Model] = {
     "gemma": Model({**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "tie_word_embeddings": False}),
     "gemma2": Model(
         {**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}
-        | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}
+        # Not so low a cap that logits saturate, and tie.
+        | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 20.0, "tie_word_embeddings": False}
     ),
     "gemma3_text": Model(
         {**_LLAMA, **_BIAS, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "layer_types": _SLIDING}
