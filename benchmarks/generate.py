@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlora_jax import BaseModel, XLora, XLoraConfig, XLoraModel
-from xlora_jax.generation import Drafted
 from xlora_jax.layers import AdaptedLayers, Slot
 from xlora_jax.models import Decoder, DecoderConfig, Rope
 
@@ -201,8 +200,8 @@ def _ways(
     ways: dict[str, Callable[[], Any]] = {
         "ours, base": lambda: alone.generate(ids, max_new_tokens=new),
         "ours, X-LoRA, plain": lambda: model.generate(ids, max_new_tokens=new, draft=False),
-        # Without credit to lose: what a step costs, whatever the drafts are worth.
-        "ours, X-LoRA, every step drafted": lambda: model.generate(ids, max_new_tokens=new, draft=Drafted(cost=1e-3)),
+        "ours, X-LoRA, stale gates": lambda: model.generate(ids, max_new_tokens=new, draft="gates"),
+        "ours, X-LoRA, lookup": lambda: model.generate(ids, max_new_tokens=new, draft="lookup"),
         "ours, X-LoRA, default": lambda: model.generate(ids, max_new_tokens=new),
     }
     if theirs is not None:

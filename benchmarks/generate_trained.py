@@ -2,14 +2,16 @@
 
     python benchmarks/generate_trained.py BASE CHECKPOINT --prompts FILE [--new 128] [--repeats 5]
 
-Two drafts are compared on the same texts: the one that is built in, the adapted model with the gates of the token
-before; and the base model's own next token, which the scaling pass could give (its acceptance is computed from the
-finished texts). Prompts stand one a line.
+Three drafts are compared on the same texts: the adapted model with the gates of the token before; guesses from the text
+itself; and the base model's own next token, which the scaling pass could give (not built: its acceptance is computed
+from the finished texts). "auto" is the default, which takes what is likely to be fastest. Prompts stand one a line, as
+JSON strings.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,14 +20,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoTokenizer
 
 from interop import load_xlora
 from xlora_jax import BaseModel
-from xlora_jax.generation import Drafted
-
-# Never out of credit: every token is drafted.
-ALWAYS = Drafted(cost=1e-3)
 
 
 def main() -> None:
@@ -43,23 +43,24 @@ def main() -> None:
     model = load_xlora(options.base, checkpoint=options.checkpoint, dtype=options.dtype, scan_layers=False)
     alone = BaseModel(model.module, model.params["base"])
     print(f"{options.checkpoint}: jax {jax.__version__}, {jax.devices()[0].device_kind}, {options.new} new tokens\n")
-    print(f"{'prompt':32s} {'stale gates':>11s} {'base draft':>11s} {'reads/token':>11s}  x base: plain drafted  same")
+    console = Console(width=140)
+    table = Table(title=f"{options.new} new tokens; times are medians, relative to the base model's own decoding")
+    ways = ("plain", "gates", "lookup", "auto")
+    for column in ("prompt", "right: gates", "base", "guessed", *ways, "same text"):
+        table.add_column(column, justify="left" if column == "prompt" else "right")
     for line in options.prompts.read_text(encoding="utf-8").splitlines():
-        ids = np.asarray([tokenizer(line)["input_ids"]])
-        if not ids.size:
-            continue
-        ways: dict[str, Callable[[], jax.Array]] = {
-            "base": partial(alone.generate, ids, max_new_tokens=options.new),
-            "plain": partial(model.generate, ids, max_new_tokens=options.new, draft=False),
-            "drafted": partial(model.generate, ids, max_new_tokens=options.new, draft=ALWAYS),
-        }
-        texts = {name: np.asarray(call()) for name, call in ways.items()}
-        stats = model.get_generation_stats()
-        assert stats is not None
-        assert stats.acceptance is not None
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        prompt = json.loads(line)
+        ids = np.asarray([tokenizer(prompt)["input_ids"]])
+        calls: dict[str, Callable[[], jax.Array]] = {"base": partial(alone.generate, ids, max_new_tokens=options.new)}
+        for way, draft in zip(ways, (False, "gates", "lookup", True), strict=True):
+            calls[way] = partial(model.generate, ids, max_new_tokens=options.new, draft=draft)
+        texts, stats = {}, {}
+        for name, call in calls.items():
+            texts[name] = np.asarray(call())
+            stats[name] = model.get_generation_stats()
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(options.repeats):
-            for name, call in ways.items():
+            for name, call in calls.items():
                 started = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - started)
@@ -67,14 +68,20 @@ def main() -> None:
         text = texts["plain"]
         logits = alone(text).logits
         assert logits is not None
-        guesses = np.asarray(logits.argmax(-1))[0, ids.shape[1] : -1]
-        base_draft = float(np.mean(guesses == text[0, ids.shape[1] + 1 :]))
-        print(
-            f"{line[:32]!r:34.34s} {stats.acceptance:9.1%} {base_draft:11.1%} {stats.reads_per_token:11.2f}"
-            f"   {median['plain'] / median['base']:13.2f} {median['drafted'] / median['base']:8.2f}"
-            f"  {'yes' if np.array_equal(text, texts['drafted']) else 'NO'}",
-            flush=True,
+        next_of_base = np.asarray(logits.argmax(-1))[0, ids.shape[1] : -1]
+        gates, lookup = stats["gates"], stats["lookup"]
+        assert gates is not None
+        assert gates.acceptance is not None
+        assert lookup is not None
+        table.add_row(
+            repr(prompt[:28]),
+            f"{gates.acceptance:.1%}",
+            f"{np.mean(next_of_base == text[0, ids.shape[1] + 1 :]):.1%}",
+            f"{lookup.guessed:.1%}",
+            *(f"{median[way] / median['base']:.2f}" for way in ways),
+            "yes" if all(np.array_equal(text, texts[way]) for way in ways) else "NO",
         )
+    console.print(table)
 
 
 if __name__ == "__main__":

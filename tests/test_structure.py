@@ -14,6 +14,7 @@ FOREIGN = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "t
 FLOORS = [
     (
         "xlora_jax.config",
+        "xlora_jax.drafting",
         "xlora_jax.layers",
         "xlora_jax.mixing",
         "xlora_jax.sampling",
@@ -25,7 +26,8 @@ FLOORS = [
     ("xlora_jax.data", "xlora_jax.modules", "xlora_jax.sharding"),
     ("xlora_jax.models",),
     ("xlora_jax.forward",),
-    ("xlora_jax.generation", "xlora_jax.scaling_cache", "xlora_jax.training"),
+    ("xlora_jax.decoding", "xlora_jax.scaling_cache", "xlora_jax.training"),
+    ("xlora_jax.generation",),
     ("xlora_jax.checkpoints", "xlora_jax.model", "xlora_jax.objectives"),
     ("xlora_jax.convert", "xlora_jax.trainer"),
 ]

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from xlora_jax.config import XLoraConfig
+from xlora_jax.decoding import Ints
 from xlora_jax.forward import Params, XLora, XLoraOutput, forward
-from xlora_jax.generation import GenerationConfig, GenerationStats, Ints, generate, stream
+from xlora_jax.generation import GenerationConfig, GenerationStats, generate, stream
 from xlora_jax.layers import AdaptedLayers
 from xlora_jax.models import BaseModule, Decoder, DecoderOutput
 from xlora_jax.trees import Path, flatten, unflatten

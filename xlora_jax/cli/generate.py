@@ -197,6 +197,8 @@ def _describe(stats: Any) -> str:
     ]
     if stats.acceptance is not None:
         lines.append(f"drafts   {stats.acceptance:.1%} accepted")
+    if stats.guessed:
+        lines.append(f"guessed  {stats.guessed:.1%} of the new tokens, from the text before")
     lines.append(
         f"caches   {stats.cache_bytes / 2**20:.1f} MiB, {stats.cache_bytes_per_token:,} bytes per token and row"
     )
