@@ -18,6 +18,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from interop.atomic import replacing
@@ -47,6 +48,8 @@ class LoraLayer:
         alpha: LoRA's alpha.
         scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
         dropout: of the module's input, in training.
+        groups: of a grouped convolution, whose B PEFT stores by group; `b` here is block-diagonal, the groups side by
+            side.
         base_weight: the base module's own weight in torch's layout, which PEFT stores beside if an embedding is among
             the targets. The assembler holds it against the base: an expert can't bring a changed base with it.
     """
@@ -61,6 +64,7 @@ class LoraLayer:
     dropout: float
     base_weight: LazyTensor | None = None
     velora: LazyTensor | None = None
+    groups: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -420,8 +424,9 @@ def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: _Settings,
     first, second = (parts[name] for name in names)
     kind = _kind(first, second, where)
     rank, alpha = settings.of(path)
+    groups = _groups(second, rank) if kind == "conv" else 1
     for tensor, axis in ((first, 0), (second, 1)):
-        if tensor.shape[axis] != rank:
+        if tensor.shape[axis] * (groups if tensor is second else 1) != rank:
             raise FormatError(
                 f"{where}: {tensor.name!r} has shape {list(tensor.shape)}, so rank {tensor.shape[axis]}; expected "
                 f"{rank}, by r and rank_pattern in {CONFIG_FILE}. Config and weights are of different adapters."
@@ -433,7 +438,7 @@ def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: _Settings,
     return LoraLayer(
         kind=kind,
         a=a.transpose(2, 3, 1, 0) if kind == "conv" else a.T,
-        b=b.reshape(b.shape[:2]).T,
+        b=_block_diagonal(b.reshape(b.shape[:2]), groups),
         bias=None if bias is None else read_finite(bias),
         r=rank,
         alpha=alpha,
@@ -441,7 +446,43 @@ def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: _Settings,
         dropout=settings.dropout,
         base_weight=parts.get("base_layer"),
         velora=parts.get("lora_velora_embed"),
+        groups=groups,
     )
+
+
+def _groups(b: LazyTensor, rank: int) -> int:
+    """The groups of a convolution, from its B [O, rank / groups, 1, 1]."""
+    groups = rank // b.shape[1]
+    return groups if groups * b.shape[1] == rank and b.shape[0] % groups == 0 else 1
+
+
+def _block_diagonal(b: NDArray[Any], groups: int) -> NDArray[Any]:
+    """[r, O] from the stored [O, r / groups]: each group's outputs see its own part of the rank."""
+    if groups == 1:
+        return b.T
+    width, rank = b.shape[0] // groups, b.shape[1]
+    whole = np.zeros((rank * groups, b.shape[0]), b.dtype)
+    for group in range(groups):
+        own = slice(group * width, (group + 1) * width)
+        whole[group * rank : (group + 1) * rank, own] = b[own].T
+    return whole
+
+
+def _by_group(adapter: LoraAdapter, path: str) -> NDArray[Any]:
+    """The inverse: [O, r / groups] of a layer."""
+    layer = adapter.layers[path]
+    rank, width = (size // layer.groups for size in layer.b.shape)
+    blocks = [
+        layer.b[group * rank : (group + 1) * rank, group * width : (group + 1) * width].T
+        for group in range(layer.groups)
+    ]
+    stored = np.concatenate(blocks)
+    if not np.array_equal(_block_diagonal(stored, layer.groups), layer.b):
+        raise FormatError(
+            f"adapter {adapter.name!r}: {path!r} is a convolution of {layer.groups} groups, and its B joins outputs of "
+            f"one with ranks of another, which PEFT can't store; expected zeros outside of the groups' blocks."
+        )
+    return stored
 
 
 def _kind(first: LazyTensor, second: LazyTensor, where: str) -> Kind:
@@ -537,7 +578,7 @@ def adapter_tensors(adapter: LoraAdapter) -> dict[str, NDArray[Any] | LazyTensor
             continue
         conv = layer.kind == "conv"
         tensors[f"{prefix}A.weight"] = layer.a.transpose(3, 2, 0, 1) if conv else layer.a.T
-        tensors[f"{prefix}B.weight"] = layer.b.T[:, :, None, None] if conv else layer.b.T
+        tensors[f"{prefix}B.weight"] = _by_group(adapter, path)[:, :, None, None] if conv else layer.b.T
         if layer.bias is not None:
             tensors[f"{prefix}B.bias"] = layer.bias
     return tensors
