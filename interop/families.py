@@ -450,8 +450,9 @@ def _read_qwen3(fields: Fields) -> DecoderConfig:
 
 
 def _read_phi3(fields: Fields) -> DecoderConfig:
-    # transformers has copied it into `rope_parameters` where it counts.
-    fields.take("original_max_position_embeddings")
+    # transformers has copied them into `rope_parameters` where they count.
+    for name in ("original_max_position_embeddings", "partial_rotary_factor"):
+        fields.take(name)
     return _llama(fields, partial=True, qkv="fused", mlp="fused_gated")
 
 

@@ -3,15 +3,18 @@ is refused by name. A field that transformers reads and that we drop would show 
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from interop import load_base
+from interop.errors import FormatError
 from interop.families import FAMILIES
 from tests.families import LAYERS, LONGROPE, MODELS, make_model
 from tests.reference import base_run, prompt, relative_error
@@ -177,7 +180,7 @@ def test_fields_act_as_in_transformers_or_are_refused(family, tmp_path):
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize(
     "family",
-    # Phi-3 allows none but longrope, which its model has.
+    # Phi-3 has a test of its own.
     [name for name in MODELS if "rope_parameters" in MODELS[name].options and name != "phi3"],
 )
 def test_rope(family, kind, tmp_path):
@@ -188,6 +191,31 @@ def test_rope(family, kind, tmp_path):
     if "full_attention" in own:
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 11.0}}
     same_or_refused(family, {"rope_parameters": rope}, "rope_type", tmp_path)
+
+
+def test_phi3_has_the_kinds_of_rope_that_transformers_has_for_it(tmp_path):
+    """Plain, and longrope, in the old way too; another is refused there and here."""
+    plain = {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
+    same_or_refused("phi3", {"rope_parameters": plain}, "none", tmp_path / "plain")
+    base_dir = make_model(tmp_path / "phi3", "phi3")
+    config = json.loads((base_dir / "config.json").read_text())
+    longrope = config.pop("rope_parameters")
+    old = {name: longrope[name] for name in ("short_factor", "long_factor")} | {"type": "longrope"}
+    more = {name: longrope[name] for name in ("rope_theta", "partial_rotary_factor")}
+    inputs, ours = prompt(2, 19), load_base(base_dir, scan_layers=False)
+    (base_dir / "config.json").write_text(json.dumps({**config, **more, "rope_scaling": old}))
+    in_the_old_way = load_base(base_dir, scan_layers=False)
+    assert in_the_old_way.module == ours.module
+    with jax.disable_jit():
+        logits = in_the_old_way(**inputs).logits
+    assert relative_error(logits, base_run(base_dir, **inputs), inputs["attention_mask"]) <= TOLERANCE
+    for kind in ("linear", "yarn"):
+        rope = {**ROPES[kind], "partial_rotary_factor": 0.5}
+        (base_dir / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+        with pytest.raises((KeyError, ValueError, StrictDataclassError)):
+            AutoConfig.from_pretrained(base_dir)
+        with pytest.raises(FormatError, match=r"transformers can't read it: .*rope"):
+            load_base(base_dir)
 
 
 @pytest.mark.parametrize(
