@@ -18,8 +18,9 @@ from numpy.typing import DTypeLike, NDArray
 from interop.atomic import replacing
 from interop.base_config import read_config
 from interop.errors import FormatError
-from interop.families import LEAVES, Family, abstract_params, decoder_config
+from interop.families import LEAVES, Family, abstract_params, classifying, decoder_config
 from interop.files import file_in, read_json, write_json
+from interop.heads import Head
 from interop.hub import resolve
 from interop.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
 from xlora_jax import BaseModel
@@ -27,7 +28,7 @@ from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["BaseOrigin", "Place", "UnreadLeaf", "load_base", "open_base", "save_base"]
+__all__ = ["BaseOrigin", "Place", "UnreadLeaf", "head_tensors", "load_base", "open_base", "save_base"]
 
 Place = Callable[[TreePath, NDArray[Any]], jax.Array]
 
@@ -48,12 +49,14 @@ class BaseOrigin:
         directory: where its files are.
         family: its family.
         config: its config as transformers reads it.
+        head: the classification head that it got in place of its own, or None.
     """
 
     name_or_path: str
     directory: Path
     family: Family
     config: Mapping[str, Any]
+    head: Head | None = None
 
 
 def load_base(
@@ -62,9 +65,10 @@ def load_base(
     dtype: jax.typing.DTypeLike | None = None,
     scan_layers: bool = True,
     place: Place | None = None,
+    head: Head | None = None,
     **hub_options: Any,
 ) -> BaseModel:
-    """Load an HF causal language model.
+    """Load an HF model: a causal language model, or one that classifies.
 
     Args:
         base: directory or hub id, with config.json and safetensors (single or sharded) or a ``.bin``.
@@ -73,6 +77,8 @@ def load_base(
         scan_layers: stack the blocks (fast to compile, any depth), or stand them side by side (fast to decode).
         place: puts each parameter where it belongs as soon as it is read, given its path and its NumPy array:
             :func:`xlora_jax.sharding.placer` of a mesh. None puts all on the default device.
+        head: a classification head, from :func:`interop.heads.choose_head`, that takes the place of whatever head the
+            base was saved with; None keeps its own.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
@@ -83,15 +89,15 @@ def load_base(
             value that is not implemented.
     """
     directory = resolve(base, **hub_options)
-    module, origin = _declare(base, directory, dtype, scan_layers)
+    module, origin = _declare(base, directory, dtype, scan_layers, head)
     tensors = open_tensors(directory)
     place = place or put_on_default_device
-    params = read_params(module, origin.family, tensors, np.dtype(module.param_dtype), str(directory), place)
+    params = read_params(module, origin, tensors, np.dtype(module.param_dtype), str(directory), place)
     return BaseModel(module, params, origin)
 
 
 def _declare(
-    base: str | Path, directory: Path, dtype: jax.typing.DTypeLike | None, scan_layers: bool
+    base: str | Path, directory: Path, dtype: jax.typing.DTypeLike | None, scan_layers: bool, head: Head | None
 ) -> tuple[Transformer, BaseOrigin]:
     """The module that config.json describes."""
     config_file = file_in(directory, "config.json")
@@ -103,9 +109,12 @@ def _declare(
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if head is not None:
+        shapes = {name: tensor.shape for name, tensor in head.tensors.items()}
+        config = classifying(family, config, head.task_type, shapes, head.owner)
     declared = decoder_config(family, config, str(config_file))
     module = family.module(declared, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
-    return module, BaseOrigin(str(base), directory, family, config)
+    return module, BaseOrigin(str(base), directory, family, config, head)
 
 
 @dataclass(frozen=True)
@@ -127,14 +136,17 @@ class UnreadLeaf:
         return self.read().astype(self.dtype if dtype is None else dtype, copy=False)
 
 
-def open_base(base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, **hub_options: Any) -> BaseModel:
-    """Open an HF causal language model without reading its weights: to hold adapters and checkpoints against it.
+def open_base(
+    base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, head: Head | None = None, **hub_options: Any
+) -> BaseModel:
+    """Open an HF model without reading its weights: to hold adapters and checkpoints against it.
 
     Of a hub id only config.json is fetched; names and shapes of tensors are checked where the weights are there.
 
     Args:
         base: as of :func:`load_base`.
         dtype: likewise.
+        head: likewise.
         **hub_options: likewise.
 
     Returns:
@@ -144,7 +156,7 @@ def open_base(base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, **
         FormatError: what :func:`load_base` would refuse, but for values of weights.
     """
     directory = resolve(base, files=("config.json",), **hub_options)
-    module, origin = _declare(base, directory, dtype, True)
+    module, origin = _declare(base, directory, dtype, True, head)
     is_local = Path(base).expanduser().is_dir()
 
     def absent() -> NDArray[Any]:
@@ -154,7 +166,7 @@ def open_base(base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, **
         shapes = flatten(abstract_params(module))
         unread = {path: UnreadLeaf(leaf.shape, np.dtype(leaf.dtype), absent) for path, leaf in shapes.items()}
         return BaseModel(module, unflatten(unread), origin)
-    wanted, tensors = _checked(module, origin.family, open_tensors(directory), str(directory))
+    wanted, tensors = _checked(module, origin, open_tensors(directory), str(directory))
     dtype = np.dtype(module.param_dtype)
     unread = {
         path: UnreadLeaf(shape, dtype, partial(_fill, shape, sources, tensors, dtype))
@@ -175,14 +187,14 @@ def leave_in_memory(path: TreePath, leaf: NDArray[Any]) -> Any:
 
 def read_params(
     module: Transformer,
-    family: Family,
+    origin: BaseOrigin,
     tensors: Mapping[str, LazyTensor],
     dtype: np.dtype[Any],
     where: str,
     place: Place,
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
-    wanted, tensors = _checked(module, family, tensors, where)
+    wanted, tensors = _checked(module, origin, tensors, where)
     params: dict[TreePath, jax.Array] = {}
     # The largest leaf comes first: what reading a leaf takes besides it is then largest while the model is smallest.
     for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
@@ -221,6 +233,8 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
     with replacing(directory, owned=_OWNED) as folder:
         config = read_json(origin.directory / "config.json")
         config.pop("torch_dtype", None)
+        if origin.head is not None:
+            config |= {name: origin.config[name] for name in ("architectures", "id2label", "label2id")}
         write_json(folder / "config.json", {**config, "dtype": jnp.dtype(model.module.param_dtype).name})
         for name in _COMPANIONS:
             if (companion := file_in(origin.directory, name)) is not None:
@@ -249,6 +263,22 @@ def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
                 partial(taken, leaves[path], source),
             )
     return tensors
+
+
+def head_tensors(model: BaseModel) -> dict[str, NDArray[Any]]:
+    """The classification head that a base model got in place of its own, under its names in files; else nothing.
+
+    A tensor that did not change comes as it was brought, in the dtype that it had.
+    """
+    origin: BaseOrigin = model.origin
+    if origin.head is None:
+        return {}
+    tensors = _tensors(model)
+    found: dict[str, NDArray[Any]] = {}
+    for name, brought in origin.head.tensors.items():
+        own = tensors[name].read()
+        found[name] = brought if np.array_equal(brought.astype(own.dtype), own) else own
+    return found
 
 
 def _write_shards(directory: Path, tensors: Mapping[str, LazyTensor], max_bytes: int) -> None:
@@ -302,25 +332,39 @@ def _sources(module: Transformer, family: Family) -> dict[TreePath, tuple[tuple[
 
 
 def _checked(
-    module: Transformer, family: Family, tensors: Mapping[str, LazyTensor], where: str
+    module: Transformer, origin: BaseOrigin, tensors: Mapping[str, LazyTensor], where: str
 ) -> tuple[Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]], Mapping[str, LazyTensor]]:
     """Where each leaf of the parameters comes from, and the tensors under their full names, after a check of both."""
+    family = origin.family
     if not any(name.startswith(family.prefix) for name in tensors):
         # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
         tensors = {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
+    for old, new in family.formerly:
+        tensors = {f"{name.removesuffix(old)}{new}" if name.endswith(old) else name: t for name, t in tensors.items()}
     wanted = _sources(module, family)
-    _check(wanted, tensors, family, module, where)
+    if origin.head is not None:
+        names = {source.tensor for _, sources in wanted.values() for source in sources}
+        tensors = {name: t for name, t in tensors.items() if name in names or not family.is_head(name)}
+        tensors |= {name: _in_memory(name, array, origin) for name, array in origin.head.tensors.items()}
+    _check(wanted, tensors, origin, module, where)
     return wanted, tensors
+
+
+def _in_memory(name: str, array: NDArray[Any], origin: BaseOrigin) -> LazyTensor:
+    """A head's tensor as if it stood in the base's files."""
+    return LazyTensor(name, origin.directory, array.dtype, array.shape, lambda: array)
 
 
 def _check(
     wanted: Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]],
     tensors: Mapping[str, LazyTensor],
-    family: Family,
+    origin: BaseOrigin,
     module: Transformer,
     where: str,
 ) -> None:
     """Hold the file's tensors against what the module needs, all of them before any is read."""
+    family = origin.family
+    kind = family.causal_lm if module.config.head == "lm" else origin.config["architectures"][0]
     names = {source.tensor for _, sources in wanted.values() for source in sources}
     missing = sorted(names - tensors.keys())
     unexpected = sorted(name for name in tensors.keys() - names if not name.endswith(family.ignored or ("\0",)))
@@ -330,9 +374,9 @@ def _check(
         unexpected.remove(head)
     if missing or unexpected:
         raise FormatError(
-            f"{where}: the tensors are not those of a {family.causal_lm} with this config. "
+            f"{where}: the tensors are not those of a {kind} with this config. "
             f"Missing: {_list(missing)}. Unexpected: {_list(unexpected)}. Expected a checkpoint saved with "
-            f"{family.causal_lm}.save_pretrained."
+            f"{kind}.save_pretrained."
         )
     for shape, sources in wanted.values():
         for source in sources:

@@ -27,9 +27,9 @@ model = load_xlora({base}, checkpoint="DIR")
 _PEFT = """\
 ```python
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto}.from_pretrained({base}{labels})
 base.config.use_cache = False
 config = PeftConfig.from_pretrained("DIR")
 config.adapters = {{i: f"DIR/experts/{{i}}" for i in config.adapters}}
@@ -72,8 +72,23 @@ Not in this layout. This writes it:
 """
 
 
+# By PEFT's task_type; it has none for classes of images.
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    None: "AutoModelForImageClassification",
+}
+
+
 def model_card(
-    layout: str, config: XLoraConfig, adapters: Sequence[LoraAdapter], base_model: str, layer_count: int
+    layout: str,
+    config: XLoraConfig,
+    adapters: Sequence[LoraAdapter],
+    base_model: str,
+    layer_count: int,
+    task_type: str | None = "CAUSAL_LM",
+    labels: int | None = None,
 ) -> str:
     """A README.md with base model, experts, settings, and how to load the checkpoint in PEFT, here, and elsewhere.
 
@@ -83,6 +98,8 @@ def model_card(
         adapters: the experts, in order.
         base_model: the base's directory or hub id.
         layer_count: the number of adapted layers.
+        task_type: PEFT's.
+        labels: classes of a head that is in the checkpoint, not in the base; None for none.
     """
     base = json.dumps(base_model)
     front = ["library_name: peft", "tags: [lora, x-lora, mixture-of-experts]"]
@@ -90,7 +107,14 @@ def model_card(
         front.insert(0, f"base_model: {base_model}")
     folders = json.dumps({adapter.name: f"DIR/{adapter.name}" for adapter in adapters})
     loading = {
-        "peft": ("PEFT", _PEFT.format(base=base)),
+        "peft": (
+            "PEFT",
+            _PEFT.format(
+                base=base,
+                auto=_AUTO.get(task_type, "AutoModel"),
+                labels="" if labels is None else f", num_labels={labels}",
+            ),
+        ),
         "xlora": ("the original xlora package", _XLORA.format(adapters=folders)),
         "mistralrs": ("mistral.rs", _MISTRALRS.format(base=base)),
     }

@@ -24,7 +24,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -83,6 +83,8 @@ class XLoraCheckpoint:
             checkpoint names one that isn't to be found.
         layer_names: the adapted layers by their numbers, or None where the checkpoint doesn't tell.
         extras: what else its settings hold: `task_type`, `base_model_name_or_path`, `peft_version`, ...
+        head: tensors of the classification head, by Hugging Face name and in torch's layout; none where the base's own
+            is used.
     """
 
     directory: Path
@@ -92,12 +94,15 @@ class XLoraCheckpoint:
     adapters: Mapping[str, str | None]
     layer_names: Sequence[str] | None
     extras: Mapping[str, Any]
+    head: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where each linear layer of the classifier stands in a layout
 
 _PEFT_PREFIX = "base_model.internal_xlora_classifier."
+# PEFT loads every tensor of the file into the module of that name: so a head can stand there under its own.
+_PEFT_HEAD_PREFIX = "base_model.lora_model.model."
 
 
 @dataclass(frozen=True)
@@ -162,10 +167,16 @@ def read_xlora(directory: str | os.PathLike[str]) -> XLoraCheckpoint:
     )
 
 
+# PEFT's class of models for these can't hold an X-LoRA (0.21.2: TypeError), its general one can: so in PEFT's settings
+# there is none, and the ordering file keeps it.
+_UNHELD_TASKS = ("TOKEN_CLS",)
+
+
 @dataclass(frozen=True)
 class _Ordering:
     names: Sequence[str] | None = None
     layers: Sequence[str] | None = None
+    task_type: str | None = None
 
 
 def _read_ordering(directory: Path) -> _Ordering:
@@ -185,7 +196,10 @@ def _read_ordering(directory: Path) -> _Ordering:
                 f"{path}: layers should number the adapted layers from 0, each once, got {brief(layers)}."
             )
         layers = sorted(layers, key=layers.__getitem__)
-    return _Ordering(names, layers)
+    task_type = content.get("task_type")
+    if task_type not in (None, *_UNHELD_TASKS):
+        raise FormatError(f"{path}: task_type should be one of {listed(_UNHELD_TASKS)}, got {brief(task_type)}.")
+    return _Ordering(names, layers, task_type)
 
 
 # Fields of PEFT's configs beside the 13, without effect on the forward pass.
@@ -224,6 +238,8 @@ def _read_peft(directory: Path, config_path: Path, ordering: _Ordering) -> XLora
     if content.get("peft_type") != "XLORA":
         raise FormatError(f"{config_path}: peft_type is {content.get('peft_type')!r}; expected 'XLORA'.")
     fields, extras = _split(content, _PEFT_EXTRAS, config_path)
+    if ordering.task_type is not None:
+        extras["task_type"] = ordering.task_type
     paths = fields.get("adapters") or {}
     if not isinstance(paths, dict) or not all(isinstance(path, str) for path in paths.values()):
         raise FormatError(f"{config_path}: adapters should be an object of name to path, got {brief(paths)}.")
@@ -240,7 +256,13 @@ def _read_peft(directory: Path, config_path: Path, ordering: _Ordering) -> XLora
     names = ordering.names if ordering.names is not None and len(ordering.names) == len(paths) else list(paths)
     adapters = {name: find_expert(directory, path) for name, path in zip(names, paths.values(), strict=True)}
     config = _config(fields | {"adapters": dict(zip(names, paths.values(), strict=True))}, config_path)
-    tensors = _without_prefix(open_tensors(directory, WEIGHTS_STEM))
+    stored = open_tensors(directory, WEIGHTS_STEM)
+    head = {
+        name.removeprefix(_PEFT_HEAD_PREFIX): read_finite(tensor)
+        for name, tensor in stored.items()
+        if name.startswith(_PEFT_HEAD_PREFIX)
+    }
+    tensors = _without_prefix({name: t for name, t in stored.items() if not name.startswith(_PEFT_HEAD_PREFIX)})
     wanted = [
         f"{name}.{part}"
         for name in _SLOTS["peft"].names(config.xlora_depth, config.xlora_dropout_p)
@@ -250,7 +272,7 @@ def _read_peft(directory: Path, config_path: Path, ordering: _Ordering) -> XLora
     if missing:
         tensors |= _recovered(directory, missing)
     classifier = _read_classifier(tensors, "peft", config, len(adapters), ordering.layers, directory)
-    return XLoraCheckpoint(directory, "peft", config, classifier, adapters, ordering.layers, extras)
+    return XLoraCheckpoint(directory, "peft", config, classifier, adapters, ordering.layers, extras, head)
 
 
 def _without_prefix(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -469,6 +491,7 @@ def write_xlora(
     base_model: str,
     layer_names: Sequence[str],
     extras: Mapping[str, Any] | None = None,
+    head: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """Writes a self-contained checkpoint: settings, classifier, experts, their names, a model card.
 
@@ -481,6 +504,8 @@ def write_xlora(
         base_model: the base's directory or hub id, as the settings shall name it.
         layer_names: the adapted layers in the order of their numbers, by Hugging Face module path.
         extras: further fields for PEFT's settings: `task_type`, `revision`, `auto_mapping`.
+        head: tensors of a classification head that is not the base's own, by Hugging Face name and in torch's layout.
+            The experts are written without theirs: PEFT's X-LoRA can't load such.
 
     Raises:
         FormatError: what doesn't fit together, or what the layout can't express.
@@ -491,20 +516,26 @@ def write_xlora(
     target = Path(directory).expanduser().resolve()
     names = [adapter.name for adapter in adapters]
     _check_model(config, classifier, names, layer_names)
-    adapters = [renamed(adapter, layer_names) for adapter in adapters]
+    if head and layout != "peft":
+        raise FormatError(f"layout {layout!r} has no place for a classification head ({listed(head)}); use 'peft'.")
+    adapters = [renamed(adapter, layer_names).without_head() for adapter in adapters]
     scaling_pass_value = config.scaling_pass_gate(len(names))
     config = dataclasses.replace(config, adapters=dict.fromkeys(names, ""), scaling_pass_value=scaling_pass_value)
-    ordering = {
+    task_type = (extras or {}).get("task_type", "CAUSAL_LM")
+    ordering: dict[str, Any] = {
         "base_model_id": base_model,
         "order": names,
         "layers": {name: number for number, name in enumerate(layer_names)},
     }
+    if task_type in _UNHELD_TASKS:
+        ordering["task_type"] = task_type
     with replacing(target, owned=_owned(target)) as partial:
         write_json(partial / ORDERING_FILE, ordering)
-        card = model_card(layout, config, adapters, base_model, len(layer_names))
+        labels = len(head[max(head)]) if head else None  # of RoBERTa's two layers the output's name is the later one
+        card = model_card(layout, config, adapters, base_model, len(layer_names), task_type, labels)
         (partial / _CARD_FILE).write_text(card, encoding="utf-8")
         if layout == "peft":
-            _write_peft(partial, target, config, classifier, adapters, base_model, extras or {})
+            _write_peft(partial, target, config, classifier, adapters, base_model, task_type, extras or {}, head or {})
         elif layout == "xlora":
             _write_original(partial, config, classifier, adapters, base_model)
         else:
@@ -550,7 +581,9 @@ def _write_peft(
     classifier: Sequence[Linear],
     adapters: Sequence[LoraAdapter],
     base_model: str,
+    task_type: str | None,
     extras: Mapping[str, Any],
+    head: Mapping[str, NDArray[Any]],
 ) -> None:
     heads = [path for adapter in adapters for path in adapter.layers if path.split(".")[-1] == "lm_head"]
     if heads:
@@ -568,7 +601,7 @@ def _write_peft(
     }
     beside = {
         "peft_type": "XLORA",
-        "task_type": extras.get("task_type", "CAUSAL_LM"),
+        "task_type": None if task_type in _UNHELD_TASKS else task_type,
         "base_model_name_or_path": base_model,
         "revision": extras.get("revision"),
         "auto_mapping": extras.get("auto_mapping"),
@@ -577,7 +610,9 @@ def _write_peft(
     write_json(partial / CONFIG_FILE, beside | fields)
     tensors = _classifier_tensors("peft", config, classifier)
     write_safetensors(
-        partial / f"{WEIGHTS_STEM}.safetensors", {_PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+        partial / f"{WEIGHTS_STEM}.safetensors",
+        {_PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+        | {_PEFT_HEAD_PREFIX + name: tensor for name, tensor in head.items()},
     )
 
 

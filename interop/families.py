@@ -6,6 +6,7 @@ families all derive. A config field is read, or it is known not to change the ou
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,10 +33,12 @@ __all__ = [
     "ADAPTABLE",
     "FAMILIES",
     "LEAVES",
+    "TASKS",
     "Family",
     "Module",
     "Placed",
     "abstract_params",
+    "classifying",
     "decoder_config",
     "family_of",
 ]
@@ -82,8 +85,6 @@ LEAVES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     # Not torch modules of their own in transformers 5, so that no adapter can target them.
     "router": {"kernel": ("weight", (1, 0))},
     "routed": {"kernel": ("weight", (1, 0))},
-    # It sees one position, for which there is no gate.
-    "head": {"kernel": ("weight", (1, 0)), "bias": ("bias", ())},
     "embedding": {"embedding": ("weight", ())},
     "positions": {"embedding": ("weight", ())},
     "class_token": {"cls_token": ("cls_token", ()), "position_embeddings": ("position_embeddings", ())},
@@ -124,6 +125,7 @@ class Family:
         after: modules behind the blocks.
         ignored: ends of tensor names that old checkpoints carry and no model reads.
         renamed: pairs of a part of a torch name and what stands for it in files.
+        formerly: pairs of the end of a tensor's name in old files and what it is now.
         module: the Flax module that a declaration is for.
         input_size: the field that says how much there is of what goes in: words, or pixels.
     """
@@ -137,6 +139,7 @@ class Family:
     after: tuple[Module, ...]
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    formerly: tuple[tuple[str, str], ...] = ()
     module: type[Transformer] = Decoder
     input_size: str = "vocab_size"
 
@@ -171,9 +174,19 @@ class Family:
             yield from placed(row, row.hf, row.path, ())
 
     @property
+    def stem(self) -> str:
+        """What the names of transformers' classes start with."""
+        stem = self.causal_lm.split("For")[0].removesuffix("LMHeadModel")
+        return f"{stem}Text" if self.model_type.endswith("_text") else stem
+
+    @property
     def prefix(self) -> str:
         """First part of the torch names, which files lack that were saved without an output head."""
         return self.before[0].hf.split(".")[0] + "."
+
+    def is_head(self, tensor: str) -> bool:
+        """Whether a tensor, named as in files, is of what stands behind the blocks, for whatever task."""
+        return not tensor.startswith(self.prefix) or tensor.startswith(f"{self.prefix}pooler.")
 
     def in_file(self, hf: str) -> str:
         """Return the name in files of a torch module."""
@@ -311,7 +324,78 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> Dec
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{where}: a field has no meaning for {family.model_type}: {error}") from error
     fields.finish(_NEUTRAL, _WITHOUT_EFFECT)
+    head = _DECODER_HEADS.get(_task_of(config) or "")
+    if family.module is Decoder and head is not None:
+        # A head that classifies has a kernel of its own, and none of what follows the one of a language model.
+        declared = dataclasses.replace(
+            declared,
+            head=head,
+            num_labels=_num_labels(config),
+            padding_token=config.get("pad_token_id"),
+            tie_word_embeddings=False,
+        )
     return declared
+
+
+# PEFT's task_type to the end of the name of transformers' class for it.
+TASKS = {
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+}
+_DECODER_HEADS = {"SequenceClassification": "last", "TokenClassification": "token"}
+_ENCODER_HEADS = {"SequenceClassification": "pooled", "TokenClassification": "token", "ImageClassification": "first"}
+
+
+def _task_of(config: Mapping[str, Any]) -> str | None:
+    """What the model is for, as the name of its class says."""
+    return next((name.split("For")[-1] for name in config.get("architectures") or ()), None)
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    return len(config.get("id2label") or (0, 1))
+
+
+def classifying(
+    family: Family, config: Mapping[str, Any], task_type: str | None, head: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, Any]:
+    """Give a config the head that an adapter brings.
+
+    Args:
+        family: of the base.
+        config: the base's, whatever its own head.
+        task_type: PEFT's. Where it is none of :data:`TASKS`, the base's own class tells what the head is for.
+        head: names and shapes of the head's tensors.
+        where: who brings it, for errors.
+
+    Returns:
+        The config of a model with that head: its class, and as many labels as the head has rows.
+
+    Raises:
+        FormatError: the family has no such head.
+    """
+    task = TASKS.get(task_type or "", _task_of(config))
+    if family.module is VisionTransformer:
+        task = "ImageClassification"  # for which PEFT has no task_type
+    if task not in (_DECODER_HEADS if family.module is Decoder else _ENCODER_HEADS):
+        raise FormatError(
+            f"{where}: brings a classification head ({', '.join(head)}), but neither its task_type, {task_type!r}, nor "
+            f"the base's architectures, {config.get('architectures')!r}, say what for; expected task_type "
+            f"{' or '.join(TASKS)} in its adapter_config.json."
+        )
+    last = [name for row in family.after if (name := f"{row.hf}.weight") in head]
+    if not last:
+        rows = ", ".join(dict.fromkeys(row.hf for row in family.after if row.kind == "linear" and row.hf != "lm_head"))
+        raise FormatError(
+            f"{where}: brings a classification head ({', '.join(head)}) that {family.model_type} has not; expected "
+            f"{rows}. It was trained on another base."
+        )
+    labels = {i: f"LABEL_{i}" for i in range(head[last[-1]][0])}
+    return {
+        **config,
+        "architectures": [f"{family.stem}For{task}"],
+        "id2label": labels,
+        "label2id": {label: i for i, label in labels.items()},
+    }
 
 
 def _rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool = False) -> Rope:
@@ -637,10 +721,12 @@ def _read_encoder(fields: Fields, family: str) -> dict[str, Any]:
     heads, hidden = fields.take("num_attention_heads"), fields.take("hidden_size")
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"):
         fields.take(name)
-    head = next((name.split("For")[-1] for name in fields.take("architectures") or ()), None)
-    heads_of = {"SequenceClassification": "pooled", "TokenClassification": "token", "ImageClassification": "first"}
-    if head not in heads_of:
-        raise fields.error("architectures", head, f"{family}For{' or '.join(heads_of)}")
+    if decodes := fields.take("is_decoder", False):
+        raise fields.error("is_decoder", decodes, "False")
+    architectures, labels = fields.take("architectures"), fields.take("id2label")
+    task = _task_of({"architectures": architectures})
+    if task not in _ENCODER_HEADS:
+        raise fields.error("architectures", architectures, f"{family}For{' or '.join(_ENCODER_HEADS)}")
     return {
         "hidden_size": hidden,
         "num_heads": heads,
@@ -655,16 +741,15 @@ def _read_encoder(fields: Fields, family: str) -> dict[str, Any]:
         "mlp": "plain",
         "o_bias": True,
         "mlp_bias": True,
-        "num_labels": len(fields.take("id2label") or (0, 1)),
-        "head": heads_of[head],
+        "num_labels": _num_labels({"id2label": labels}),
+        "head": _ENCODER_HEADS[task],
     }
 
 
 def _read_bert(fields: Fields) -> EncoderConfig:
     roberta = fields.peek("model_type") == "roberta"
-    for name, only in (("is_decoder", False), ("position_embedding_type", "absolute")):
-        if (value := fields.take(name, only)) != only:
-            raise fields.error(name, value, repr(only))
+    if (kind := fields.take("position_embedding_type", "absolute")) != "absolute":
+        raise fields.error("position_embedding_type", kind, "'absolute'")
     padding = fields.peek("pad_token_id")
     return EncoderConfig(
         vocab_size=fields.take("vocab_size"),
@@ -701,6 +786,10 @@ def _read_vit(fields: Fields) -> EncoderConfig:
 _EMBED = Module("model.embed_tokens", ("embed_tokens",), "embedding")
 _NORM = Module("model.norm", ("norm",), "norm")
 _LM_HEAD = Module("lm_head", ("lm_head",), "linear")
+_SCORE = Module("score", ("score",), "linear")
+# Of three heads a model has one.
+_HEADS = (_LM_HEAD, _SCORE, Module("score", ("token_classifier",), "linear"))
+_HEADS_OF_GPT = (_LM_HEAD, _SCORE, Module("classifier", ("token_classifier",), "linear"))
 _ATTENTION = _rows("linear", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _QK_NORMS = _rows("norm", "self_attn.q_norm", "self_attn.k_norm")
 _MLP = _rows("linear", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -735,7 +824,7 @@ def _named_as_llama(
         before=(_EMBED,),
         blocks="model.layers",
         block=block,
-        after=(norm, _LM_HEAD),
+        after=(norm, *_HEADS),
         ignored=(".rotary_emb.inv_freq",),
     )
 
@@ -779,7 +868,7 @@ _GPT_NEOX = Family(
             mlp__dense_4h_to_h="mlp.down_proj",
         ),
     ),
-    after=(Module("gpt_neox.final_layer_norm", ("norm",), "norm"), _LM_HEAD),
+    after=(Module("gpt_neox.final_layer_norm", ("norm",), "norm"), *_HEADS_OF_GPT),
     ignored=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
     renamed=(("lm_head", "embed_out"),),
 )
@@ -798,7 +887,7 @@ _GPT2 = Family(
         Module("ln_2", ("pre_mlp_norm",), "norm"),
         *_linears("linear_in_out", mlp__c_fc="mlp.up_proj", mlp__c_proj="mlp.down_proj"),
     ),
-    after=(Module("transformer.ln_f", ("norm",), "norm"), _LM_HEAD),
+    after=(Module("transformer.ln_f", ("norm",), "norm"), *_HEADS_OF_GPT),
     ignored=(".attn.bias", ".attn.masked_bias"),
 )
 _OPT = Family(
@@ -828,7 +917,7 @@ _OPT = Family(
         Module("final_layer_norm", ("pre_mlp_norm",), "norm"),
         Module("final_layer_norm", ("post_mlp_norm",), "norm"),
     ),
-    after=(_LM_HEAD,),
+    after=(_LM_HEAD, _SCORE),
 )
 
 
@@ -859,6 +948,7 @@ def _bert(model_type: str, causal_lm: str, head: tuple[Module, ...]) -> Family:
         ),
         after=head,
         ignored=(".embeddings.position_ids", ".embeddings.token_type_ids"),
+        formerly=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
         module=Encoder,
     )
 
@@ -884,7 +974,7 @@ _VIT = Family(
         Module("layernorm_before", ("pre_attention_norm",), "norm"),
         Module("layernorm_after", ("pre_mlp_norm",), "norm"),
     ),
-    after=(Module("vit.layernorm", ("norm",), "norm"), Module("classifier", ("classifier",), "head")),
+    after=(Module("vit.layernorm", ("norm",), "norm"), Module("classifier", ("classifier",), "linear")),
     # Files have the names of transformers 4.
     renamed=(
         ("vit.layers.", "vit.encoder.layer."),
@@ -895,6 +985,8 @@ _VIT = Family(
         (".mlp.fc1", ".intermediate.dense"),
         (".mlp.fc2", ".output.dense"),
     ),
+    # For masked images, which only pretraining has.
+    ignored=(".embeddings.mask_token",),
     module=VisionTransformer,
     input_size="image_size",
 )
@@ -948,18 +1040,18 @@ FAMILIES: dict[str, Family] = {
             "bert",
             "BertForSequenceClassification or BertForTokenClassification",
             (
-                Module("bert.pooler.dense", ("pooler",), "head"),
-                Module("classifier", ("classifier",), "head"),
-                Module("classifier", ("token_classifier",), "head"),
+                Module("bert.pooler.dense", ("pooler",), "linear"),
+                Module("classifier", ("classifier",), "linear"),
+                Module("classifier", ("token_classifier",), "linear"),
             ),
         ),
         _bert(
             "roberta",
             "RobertaForSequenceClassification or RobertaForTokenClassification",
             (
-                Module("classifier.dense", ("pooler",), "head"),
-                Module("classifier.out_proj", ("classifier",), "head"),
-                Module("classifier", ("token_classifier",), "head"),
+                Module("classifier.dense", ("pooler",), "linear"),
+                Module("classifier.out_proj", ("classifier",), "linear"),
+                Module("classifier", ("token_classifier",), "linear"),
             ),
         ),
         _VIT,

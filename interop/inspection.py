@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from interop.base import leave_in_memory, open_base
+from interop.base import open_base
 from interop.base_config import CONFIG_FILE as BASE_CONFIG_FILE
 from interop.checkpoint import XLORA_CONFIG_FILE, XLoraCheckpoint, read_xlora
 from interop.errors import FormatError, listed
 from interop.experts import fit_adapters
 from interop.families import ADAPTABLE
 from interop.files import file_in, read_json
+from interop.heads import Head
 from interop.hub import resolve
 from interop.lora import CONFIG_FILE, LoraAdapter, load_lora
-from interop.model import experts_of, load_xlora
+from interop.model import experts_of, open_xlora
 from interop.tensors import open_tensors
-from xlora_jax import BaseModel
 from xlora_jax.trees import flatten
 
 __all__ = ["Inspection", "inspect_path"]
@@ -49,14 +50,14 @@ class Inspection:
     refused: list[str] = field(default_factory=list)
 
 
-def inspect_path(dir_or_id: str | os.PathLike[str], base: BaseModel | None = None) -> Inspection:
+def inspect_path(dir_or_id: str | os.PathLike[str], base: str | None = None) -> Inspection:
     """Finds out what a directory or hub id is, and whether it would be loaded.
 
     Of a base model only config.json and the headers of its weights are read; adapters and classifiers are read whole.
 
     Args:
         dir_or_id: a directory, a hub id, or the weights' file of an expert in mistral.rs's layout.
-        base: holds adapters and checkpoints against this base, as `interop.base.open_base` gives it.
+        base: directory or hub id of a base model, to hold adapters and checkpoints against.
     """
     found = Inspection(os.fspath(dir_or_id))
     with warnings.catch_warnings(record=True) as caught:
@@ -69,7 +70,7 @@ def inspect_path(dir_or_id: str | os.PathLike[str], base: BaseModel | None = Non
     return found
 
 
-def _look(found: Inspection, base: BaseModel | None) -> None:
+def _look(found: Inspection, base: str | None) -> None:
     weights = Path(found.path).expanduser()
     if weights.suffix == ".safetensors" and weights.is_file():
         found.kind = "LoRA adapter"
@@ -139,7 +140,7 @@ def _say_origin(found: Inspection, config: Mapping[str, Any]) -> None:
         found.facts["written by"] = f"PEFT {config['peft_version']}"
 
 
-def _look_at_adapter(found: Inspection, base: BaseModel | None) -> None:
+def _look_at_adapter(found: Inspection, base: str | None) -> None:
     adapter = load_lora(found.path)
     _say_origin(found, adapter.config)
     layers = adapter.layers.values()
@@ -156,9 +157,15 @@ def _look_at_adapter(found: Inspection, base: BaseModel | None) -> None:
         "lora_bias": any(layer.bias is not None for layer in layers) or None,
     }
     found.facts |= {name: str(value) for name, value in extras.items() if value is not None}
+    _say_head(found, adapter.head)
     if base is not None:
-        fitted = fit_adapters((adapter,), base)
-        found.facts[_FITS] = f"yes, {len(fitted[0].layers)} of its layers ({base.origin.name_or_path})"
+        fitted = fit_adapters((adapter,), open_base(base, head=Head.of(adapter)))
+        found.facts[_FITS] = f"yes, {len(fitted[0].layers)} of its layers ({base})"
+
+
+def _say_head(found: Inspection, head: Mapping[str, NDArray[Any]]) -> None:
+    if head:
+        found.facts["head"] = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in head.items())
 
 
 _FITS = "fits the base"
@@ -209,7 +216,7 @@ _SETTINGS = (
 )
 
 
-def _look_at_checkpoint(found: Inspection, config: Mapping[str, Any], base: BaseModel | None) -> None:
+def _look_at_checkpoint(found: Inspection, config: Mapping[str, Any], base: str | None) -> None:
     _say_origin(found, config)
     trained = read_xlora(resolve(found.path))
     first = trained.classifier[0][0]
@@ -225,11 +232,12 @@ def _look_at_checkpoint(found: Inspection, config: Mapping[str, Any], base: Base
         found.facts["adapted layers"] = f"{len(trained.layer_names)}: {_targets(trained.layer_names)}"
     elif trained.config.layerwise_scalings:
         found.facts["adapted layers"] = str(widths[-1] // len(trained.adapters))
+    _say_head(found, trained.head)
     _look_at_experts(found, trained)
     experts_of(trained)
     if base is not None and not found.refused:
-        model = load_xlora(base, checkpoint=found.path, place=leave_in_memory)
-        found.facts[_FITS] = f"yes, {len(model.layer_names)} of its layers ({base.origin.name_or_path})"
+        model = open_xlora(base, checkpoint=found.path)
+        found.facts[_FITS] = f"yes, {len(model.layer_names)} of its layers ({base})"
 
 
 def _look_at_experts(found: Inspection, trained: XLoraCheckpoint) -> None:

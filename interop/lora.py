@@ -12,8 +12,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -76,18 +76,25 @@ class LoraAdapter:
         path: the directory that it was read from.
         config: its `adapter_config.json`, whole.
         layers: by Hugging Face module path (`model.layers.0.self_attn.q_proj`), in stored order.
+        head: tensors of the classification head that was trained along, by Hugging Face name (`score.weight`) and in
+            torch's layout; none where there was no such head.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
     layers: Mapping[str, LoraLayer]
+    head: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def base_model_name_or_path(self) -> str | None:
         """The base model that it was trained on, as its config says."""
         name: str | None = self.config.get("base_model_name_or_path")
         return name
+
+    def without_head(self) -> LoraAdapter:
+        """The adapter with its factors only."""
+        return replace(self, head={}, config={**self.config, "modules_to_save": None}) if self.head else self
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ _FIELDS: dict[str, _Handled | _NoEffect | _Refused] = {
     "bias": _Refused(
         ("none", *_NOTHING), "it trained biases of the base, and experts would overwrite each other", _PLAIN
     ),
-    "modules_to_save": _Refused(_NOTHING, "it replaces whole modules of the base", _PLAIN),
+    "modules_to_save": _Handled(),
     "trainable_token_indices": _Refused(_NOTHING, "it replaces rows of the base's embedding", _PLAIN),
     "layer_replication": _Refused(_NOTHING, "its base has replicated layers", _PLAIN),
     "target_parameters": _Refused(_NOTHING, "it adapts parameters that are no modules", _PLAIN),
@@ -172,6 +179,10 @@ _FIELDS: dict[str, _Handled | _NoEffect | _Refused] = {
     "enable_lora": _Refused(_NOTHING, "the merged projections of PEFT 0.2 are not supported", _PLAIN),
 }
 
+# Names of classification heads in transformers. PEFT saves them whole for task_type SEQ_CLS and TOKEN_CLS: which of the
+# two a model has shows in the stored keys.
+_HEADS = ("classifier", "score")
+
 # Initialisations that leave the base as it was. The others (pissa, olora, corda, loftq, lora_ga) change it.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -188,6 +199,7 @@ class _Settings:
     dropout: float
     bias: bool
     tied: bool
+    heads: tuple[str, ...]
 
     def of(self, path: str) -> tuple[int, float]:
         """Rank and alpha of the module at `path`."""
@@ -240,7 +252,24 @@ def _read_settings(config: Mapping[str, Any], where: str) -> _Settings:
         dropout=dropout,
         bias=_read_bool(config, "lora_bias", where),
         tied=_read_bool(config, "ensure_weight_tying", where),
+        heads=_read_heads(config, where),
     )
+
+
+def _read_heads(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    saved: list[Any] = _checked(
+        where,
+        "modules_to_save",
+        config.get("modules_to_save") or [],
+        lambda value: type(value) is list and all(type(name) is str for name in value),
+        "a list of modules' names",
+    )
+    if others := [name for name in saved if name not in _HEADS]:
+        raise FormatError(
+            f"{where}: modules_to_save = {brief(others)} can't be an expert: it replaces whole modules of the base; "
+            f"expected none but a classification head ({listed(_HEADS)}). What you can do: {_PLAIN}."
+        )
+    return tuple(dict.fromkeys(saved))
 
 
 def _check_field(name: str, value: object, where: str) -> None:
@@ -381,14 +410,40 @@ _KEYS = (
 )
 
 
+def _short(key: str) -> str:
+    while key.startswith(_PREFIX):
+        key = key.removeprefix(_PREFIX)
+    return key
+
+
+def _split_head(
+    tensors: Mapping[str, LazyTensor], heads: Sequence[str], where: str
+) -> tuple[dict[str, NDArray[Any]], dict[str, LazyTensor]]:
+    """The tensors of a classification head, under the base's names, and the others."""
+    head: dict[str, NDArray[Any]] = {}
+    rest: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():
+        short = _short(key)
+        if short.split(".")[0] in heads and re.fullmatch(r"\w+(\.\w+)?\.(weight|bias)", short):
+            if len(tensor.shape) != (2 if short.endswith("weight") else 1) or 0 in tensor.shape:
+                raise FormatError(f"{where}: {key!r} has shape {list(tensor.shape)}; expected a dense layer's.")
+            head[short] = read_finite(tensor)
+        else:
+            rest[key] = tensor
+    if heads and not head:
+        raise FormatError(
+            f"{where}: no tensor of a classification head, though modules_to_save names {listed(heads)}; expected keys "
+            f"like {_PREFIX}{heads[0]}.weight. The file was cut: save the adapter again."
+        )
+    return head, rest
+
+
 def _by_module(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, dict[str, LazyTensor]]:
     """The tensors of each adapted module by part: lora_A, lora_B, bias, lora_embedding_A, ..., base_layer."""
     modules: dict[str, dict[str, LazyTensor]] = {}
     unknown: list[str] = []
     for key, tensor in tensors.items():
-        short = key
-        while short.startswith(_PREFIX):
-            short = short.removeprefix(_PREFIX)
+        short = _short(key)
         match = next((match for pattern in _KEYS if (match := pattern.fullmatch(short))), None)
         if match is None:
             unknown.append(key)
@@ -533,6 +588,7 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
     config = read_json(config_path, _MAX_CONFIG_BYTES)
     settings = _read_settings(config, where)
     tensors = open_file(weights) if flat else open_tensors(directory, WEIGHTS_STEM)
+    head, tensors = _split_head(tensors, settings.heads, where)
     modules = _by_module(tensors, where)
     _check_patterns(settings, modules, where)
     layers = {path: _read_layer(path, parts, settings, where) for path, parts in modules.items()}
@@ -542,7 +598,7 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
             f"{where}: ensure_weight_tying with {embeddings[0]!r} among the targets can't be an expert: the factors of "
             f"two modules are one. What you can do: train without it, or without embeddings among the targets."
         )
-    return LoraAdapter(name=name, path=directory, config=config, layers=layers)
+    return LoraAdapter(name=name, path=directory, config=config, layers=layers, head=head)
 
 
 def save_lora(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> None:
@@ -581,7 +637,7 @@ def adapter_tensors(adapter: LoraAdapter) -> dict[str, NDArray[Any] | LazyTensor
         tensors[f"{prefix}B.weight"] = _by_group(adapter, path)[:, :, None, None] if conv else layer.b.T
         if layer.bias is not None:
             tensors[f"{prefix}B.bias"] = layer.bias
-    return tensors
+    return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
 
 
 def adapter_config(adapter: LoraAdapter) -> dict[str, Any]:

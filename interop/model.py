@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.base import Place, load_base, put_on_default_device
+from interop.base import Place, head_tensors, leave_in_memory, load_base, open_base, put_on_default_device
 from interop.checkpoint import XLoraCheckpoint, read_xlora, write_xlora
 from interop.errors import FormatError
 from interop.experts import fit_adapters, stack_experts, unstack_experts
+from interop.heads import Head, choose_head
 from interop.hub import resolve
 from interop.lora import LoraAdapter, load_lora
 from xlora_jax import BaseModel, XLoraConfig, XLoraModel
 from xlora_jax.layers import AdaptedLayers
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["XLoraOrigin", "experts_of", "load_xlora", "save_xlora"]
+__all__ = ["XLoraOrigin", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def load_xlora(
     dtype: jax.typing.DTypeLike | None = None,
     expert_dtype: jax.typing.DTypeLike = "float32",
     seed: int = 0,
+    head: str | None = None,
     scan_layers: bool = True,
     place: Place | None = None,
     **hub_options: Any,
@@ -67,6 +69,9 @@ def load_xlora(
         expert_dtype: of the experts, and of their products: float32 is PEFT's; bfloat16 is faster, and accumulates in
             float32.
         seed: of a new classifier.
+        head: name of the expert whose classification head the model gets, where experts bring heads that differ (PEFT
+            saves them for SEQ_CLS and TOKEN_CLS). None takes the checkpoint's, else the one that all who bring one
+            bring, else the base's own.
         scan_layers: see :func:`interop.load_base`.
         place: see :func:`interop.load_base`; experts and classifier go through it too.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
@@ -78,9 +83,81 @@ def load_xlora(
         ValueError: arguments that do not go together, or a config that does not fit the base or the experts.
         FormatError: a file that can't be used; the message names it, and what to do.
     """
+
+    def get_base(brought: Head | None) -> BaseModel:
+        if not isinstance(base, BaseModel):
+            return load_base(base, dtype=dtype, scan_layers=scan_layers, place=place, head=brought, **hub_options)
+        if dtype is not None and jnp.dtype(dtype) != jnp.dtype(base.module.dtype):
+            raise ValueError(f"dtype {dtype} differs from that of the base model given, {base.module.dtype}")
+        if brought is not None and not brought.equals(base.origin.head):
+            raise ValueError(
+                f"the base model given has not the classification head that {brought.owner} brings; give its directory "
+                f"or hub id instead, or load it with load_base(..., head=choose_head(adapters)) of interop.heads"
+            )
+        return base
+
     if checkpoint is not None and config is not None:
         raise ValueError("give either checkpoint (which has its config) or config (for a new classifier), not both")
     trained = None if checkpoint is None else read_xlora(resolve(checkpoint, **hub_options))
+    return _put_together(
+        get_base,
+        trained,
+        adapters,
+        config,
+        expert_dtype=jnp.dtype(expert_dtype),
+        seed=seed,
+        head=head,
+        place=place or put_on_default_device,
+        **hub_options,
+    )
+
+
+def open_xlora(
+    base: str | Path,
+    *,
+    checkpoint: str | Path,
+    adapters: Mapping[str, str | Path] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> XLoraModel:
+    """Open a trained X-LoRA without reading its base's weights: to write it in another layout, or to see if it fits.
+
+    Args:
+        base: HF model directory or hub id.
+        checkpoint: as of :func:`load_xlora`.
+        adapters: likewise.
+        dtype: likewise.
+
+    Returns:
+        The model; its base's parameters are not read, experts and classifier stay in NumPy arrays.
+
+    Raises:
+        FormatError: what :func:`load_xlora` would refuse, but for values of the base's weights.
+    """
+    return _put_together(
+        lambda head: open_base(base, dtype=dtype, head=head),
+        read_xlora(resolve(checkpoint)),
+        adapters,
+        None,
+        expert_dtype=np.dtype(np.float32),
+        seed=0,
+        head=None,
+        place=leave_in_memory,
+    )
+
+
+def _put_together(
+    get_base: Callable[[Head | None], BaseModel],
+    trained: XLoraCheckpoint | None,
+    adapters: Mapping[str, str | Path] | None,
+    config: XLoraConfig | None,
+    *,
+    expert_dtype: np.dtype[Any],
+    seed: int,
+    head: str | None,
+    place: Place,
+    **hub_options: Any,
+) -> XLoraModel:
+    """Make a model of a base with the head that it is given, of experts, and of a classifier, new or trained."""
     if trained is not None:
         config = trained.config
         adapters = experts_of(trained, adapters)
@@ -88,16 +165,12 @@ def load_xlora(
         adapters = None if config is None else config.adapters
     if not adapters:
         raise ValueError("no experts: pass adapters={name: directory or hub id}")
-    base_model = base
-    if not isinstance(base_model, BaseModel):
-        base_model = load_base(base_model, dtype=dtype, scan_layers=scan_layers, place=place, **hub_options)
-    elif dtype is not None and jnp.dtype(dtype) != jnp.dtype(base_model.module.dtype):
-        raise ValueError(f"dtype {dtype} differs from that of the base model given, {base_model.module.dtype}")
+    experts_read = [load_lora(path, name=name, **hub_options) for name, path in adapters.items()]
+    base_model = get_base(_brought_head(trained, experts_read, head))
     config = _fitted(config, adapters, base_model)
 
-    loaded = fit_adapters([load_lora(path, name=name, **hub_options) for name, path in adapters.items()], base_model)
-    place = place or put_on_default_device
-    experts, layers = stack_experts(loaded, base_model, jnp.dtype(expert_dtype), place)
+    loaded = fit_adapters(experts_read, base_model)
+    experts, layers = stack_experts(loaded, base_model, expert_dtype, place)
     origin = XLoraOrigin(base_model.origin, loaded, {} if trained is None else trained.extras)
     params = {"base": base_model.params, "experts": experts, "classifier": {}}
     model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin)
@@ -134,8 +207,20 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         adapters=unstack_experts(model.params["experts"], model.layers, origin.adapters),
         base_model=origin.base.name_or_path,
         layer_names=model.layer_names,
-        extras=origin.extras,
+        extras={"task_type": _TASK_TYPES[model.module.config.head], **origin.extras},
+        head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
     )
+
+
+def _brought_head(trained: XLoraCheckpoint | None, adapters: Sequence[LoraAdapter], expert: str | None) -> Head | None:
+    """The classification head that checkpoint or experts bring; see `head` of :func:`load_xlora`."""
+    if trained is not None and trained.head and expert is None:
+        return Head(f"checkpoint {trained.directory}", trained.extras.get("task_type"), trained.head)
+    return choose_head(adapters, expert)
+
+
+# What a model's head is for, as PEFT calls it; it has no name for classes of images.
+_TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS", "first": None}
 
 
 def experts_of(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None = None) -> Mapping[str, str | Path]:

@@ -282,14 +282,14 @@ def hooked_xlora_logits(
 
 
 def adapter_matrices(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Per adapted module name: A [r, in], B [out, r], alpha / r (or alpha / sqrt(r))."""
+    """Per adapted module name: A [r, in or V], B [out, r], alpha / r (or alpha / sqrt(r))."""
     config = LoraConfig.from_pretrained(str(adapter))
     weights = peft.utils.load_peft_weights(str(adapter), device="cpu")
     found = {}
     for key, a in weights.items():
-        if key.endswith(".lora_A.weight"):
-            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            b = weights[key.replace(".lora_A.", ".lora_B.")]
+        if key.endswith((".lora_A.weight", ".lora_embedding_A")):
+            name = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+            b = weights[key.replace("_A", "_B")]
             found[name] = (a, b, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
     return found
 

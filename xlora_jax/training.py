@@ -147,7 +147,15 @@ def batch_loss(
 
     Returns:
         Sum of the tokens' cross-entropy (float32), sum of the further terms (float32), scalings ``[B, T, L or 1, N]``.
+
+    Raises:
+        ValueError: the model classifies.
     """
+    if (kind := getattr(model.module.config, "head", "lm")) != "lm":
+        raise ValueError(
+            f"the base model has a head that classifies ({kind!r}), which has no next token to predict: train it with "
+            f"xlora_jax.objectives.make_objective_step"
+        )
     unknown = sorted(set(batch) - set(BATCH_KEYS))
     if unknown:
         raise ValueError(f"batch: expected only {', '.join(BATCH_KEYS)}, got {', '.join(unknown)} as well")

@@ -2,105 +2,41 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft.utils import load_peft_weights
 
 from interop import load_base, load_xlora
 from interop.errors import FormatError
-from tests.reference import adapter_matrices, randomise, relative_error
+from tests.encoders import CASES, adapters_on, encoder_inputs, make_encoder, run_encoder
+from tests.reference import adapter_matrices, relative_error
 from xlora_jax import XLoraConfig, init_train_state
 from xlora_jax.objectives import classification_loss, make_objective_step
 
 TOLERANCE = 1e-5
-_SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-_TEXT = {**_SHAPE, "vocab_size": 61, "max_position_embeddings": 32, "layer_norm_eps": 3e-3, "num_labels": 5}
-_TEXT |= {"hidden_act": "gelu_new", "type_vocab_size": 3}
-_IMAGE = {**_SHAPE, "image_size": (8, 12), "patch_size": (4, 2), "num_channels": 2, "num_labels": 5}
-CASES = {
-    "bert sequence": ("BertForSequenceClassification", _TEXT, ["query", "value", "output.dense", "word_embeddings"]),
-    "bert token": ("BertForTokenClassification", _TEXT, ["key", "intermediate.dense"]),
-    "roberta sequence": ("RobertaForSequenceClassification", {**_TEXT, "pad_token_id": 1}, ["query", "output.dense"]),
-    "roberta token": ("RobertaForTokenClassification", {**_TEXT, "pad_token_id": 1}, ["value", "intermediate.dense"]),
-    "vit": ("ViTForImageClassification", {**_IMAGE, "qkv_bias": False, "layer_norm_eps": 3e-3}, ["q_proj", "fc2"]),
-}
-
-
-def inputs_of(case):
-    random = np.random.default_rng(0)
-    if case == "vit":
-        return {"pixel_values": random.normal(size=(3, 2, 8, 12)).astype(np.float32)}
-    ids = random.integers(3, 61, (3, 9)).astype(np.int32)
-    mask = np.ones_like(ids)
-    mask[1, 6:] = 0
-    mask[2, :2] = 0
-    return {"input_ids": np.where(mask, ids, 1).astype(np.int32), "attention_mask": mask} | (
-        {"token_type_ids": random.integers(0, 3, (3, 9)).astype(np.int32)}
-    )
-
-
-def made(case, directory):
-    name, options, targets = CASES[case]
-    model = getattr(transformers, name)
-    config = model.config_class(**options)
-    model = model(config).eval()
-    randomise(model, 0)
-    if case == "vit":
-        randomise(model.vit, 1)
-    model.save_pretrained(directory)
-    return model, targets
-
-
-def run(model, inputs, **more):
-    given = {
-        name: torch.as_tensor(value.astype(np.int64) if value.dtype.kind == "i" else value)
-        for name, value in inputs.items()
-    }
-    with torch.no_grad():
-        return model(**given, **more)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case, tmp_path):
-    model, _ = made(case, tmp_path)
-    inputs = inputs_of(case)
-    wanted = run(model, inputs).logits.numpy()
+    model = make_encoder(case, tmp_path)
+    inputs = encoder_inputs(case)
+    wanted = run_encoder(model, inputs).logits.numpy()
     where = inputs["attention_mask"] if "token" in case else None
     for scan_layers in (True, False):
         ours = load_base(tmp_path, dtype=jnp.float32, scan_layers=scan_layers)
         assert relative_error(ours(**inputs).logits, wanted, where) <= TOLERANCE
 
 
-def adapters_of(model, targets, directory):
-    paths = []
-    for number, (rank, own) in enumerate(((2, targets), (3, targets[:1]), (4, targets[-1:]))):
-        config = LoraConfig(r=rank, lora_alpha=2 * rank + 1, target_modules=own)
-        adapted = get_peft_model(copy.deepcopy(model), config)
-        generator = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if ".lora_" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapted.save_pretrained(str(directory / str(number)))
-        paths.append(directory / str(number))
-    return paths
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case != "bert sequence"])
+@pytest.mark.parametrize("case", CASES)
 def test_xlora_is_as_its_formula_and_the_gate_learns(case, tmp_path):
-    model, targets = made(case, tmp_path / "base")
-    adapters = adapters_of(model, targets, tmp_path)
-    inputs = inputs_of(case)
+    model = make_encoder(case, tmp_path / "base")
+    adapters = adapters_on(model, CASES[case][2], tmp_path)
+    inputs = encoder_inputs(case)
     config = XLoraConfig(hidden_size=24, adapters={}, layerwise_scalings=True)
     ours = load_xlora(
         tmp_path / "base", adapters={str(i): p for i, p in enumerate(adapters)}, config=config, dtype=jnp.float32
@@ -109,9 +45,9 @@ def test_xlora_is_as_its_formula_and_the_gate_learns(case, tmp_path):
     classifier = {"dense_0": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(kernel.shape[1])}}
     ours = ours.replace(params={**ours.params, "classifier": classifier})
 
-    hidden = run(model, inputs, output_hidden_states=True).hidden_states[-1]
+    hidden = run_encoder(model, inputs, output_hidden_states=True).hidden_states[-1]
     gates = torch.softmax((hidden @ torch.as_tensor(kernel)).reshape(*hidden.shape[:2], -1, 3), dim=-1)
-    plain = run(model, inputs).logits.numpy()
+    plain = run_encoder(model, inputs).logits.numpy()
     names = list(ours.layer_names)
     handles = []
     for expert, path in enumerate(adapters):
@@ -119,10 +55,14 @@ def test_xlora_is_as_its_formula_and_the_gate_learns(case, tmp_path):
             gate = gates[:, :, names.index(name), expert, None]
 
             def add(module, args, output, gate=gate, a=a, b=b, scale=scale):
+                if isinstance(module, torch.nn.Embedding):
+                    return output + scale * gate * a.T[args[0]] @ b.T
+                # A pooler and what follows it see the first position only.
+                gate = gate if args[0].ndim == 3 else gate[:, 0]
                 return output + scale * (gate * args[0]) @ a.T @ b.T
 
             handles.append(model.get_submodule(name).register_forward_hook(add))
-    wanted = run(model, inputs).logits.numpy()
+    wanted = run_encoder(model, inputs).logits.numpy()
     for handle in handles:
         handle.remove()
     assert names == [name for name, _ in model.named_modules() if name in set(names)]
@@ -152,17 +92,15 @@ def test_xlora_is_as_its_formula_and_the_gate_learns(case, tmp_path):
 
 def test_experts_on_the_patch_convolution(tmp_path):
     """Of a real ViT: each patch has its own gate; with the same gate everywhere it is PEFT's layer."""
-    model, _ = made("vit", tmp_path / "base")
-    adapters = adapters_of(model, ["projection"], tmp_path)
-    inputs = inputs_of("vit")
+    model = make_encoder("vit", tmp_path / "base")
+    adapters = adapters_on(model, ["projection"], tmp_path)
+    inputs = encoder_inputs("vit")
     config = XLoraConfig(hidden_size=24, adapters={})
     ours = load_xlora(
         tmp_path / "base", adapters={str(i): p for i, p in enumerate(adapters)}, config=config, dtype=jnp.float32
     )
     assert ours.layer_names == ("vit.embeddings.patch_embeddings.projection",)
-    weights = [
-        torch.load if False else __import__("peft").utils.load_peft_weights(str(p), device="cpu") for p in adapters
-    ]
+    weights = [load_peft_weights(str(path), device="cpu") for path in adapters]
     pixels = torch.as_tensor(inputs["pixel_values"])
 
     def mixed(gates):
@@ -194,12 +132,13 @@ def test_experts_on_the_patch_convolution(tmp_path):
 
 
 def test_what_is_not_implemented_is_refused_by_name(tmp_path):
-    model, _ = made("bert token", tmp_path)
+    model = make_encoder("bert token", tmp_path)
     model.config.is_decoder = True
     model.config.save_pretrained(tmp_path)
     with pytest.raises(FormatError, match="is_decoder"):
         load_base(tmp_path)
-    transformers.BertForMaskedLM(transformers.BertConfig(**_TEXT)).save_pretrained(tmp_path / "lm")
+    model.config.is_decoder = False
+    transformers.BertForMaskedLM(model.config).save_pretrained(tmp_path / "lm")
     with pytest.raises(FormatError, match="architectures"):
         load_base(tmp_path / "lm")
 

@@ -39,10 +39,10 @@ def command(
 
     Weights are written as they are stored, bit for bit. What a layout can't express is refused, and nothing is written.
     """
-    from interop import load_xlora, save_xlora
-    from interop.base import leave_in_memory, open_base
+    from interop import save_xlora
     from interop.checkpoint import read_xlora
     from interop.hub import resolve
+    from interop.model import open_xlora
 
     adapters = dict(text.partition("=")[::2] for text in adapter or ())
     if len(adapters) < len(adapter or ()) or not all(name and place for name, place in adapters.items()):
@@ -54,12 +54,7 @@ def command(
         dtype = stored if stored.itemsize < 8 else "float32"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            model = load_xlora(
-                open_base(base, dtype=dtype),
-                checkpoint=checkpoint,
-                adapters=adapters or None,
-                place=leave_in_memory,
-            )
+            model = open_xlora(base, dtype=dtype, checkpoint=checkpoint, adapters=adapters or None)
             save_xlora(model, output, layout=layout.value)
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"refused: {error}", err=True)

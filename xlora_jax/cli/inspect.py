@@ -29,20 +29,14 @@ def command(
     from rich.table import Table
     from rich.text import Text
 
-    from interop.base import open_base
     from interop.inspection import inspect_path
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    try:
-        opened = None if base is None else open_base(base)
-    except (ValueError, OSError, ImportError) as error:
-        console.print(Text(f"--base: refused: {error}", style="red"))
-        raise typer.Exit(1) from None
     refused = False
     for path in paths:
-        found = inspect_path(path, opened)
+        found = inspect_path(path, base)
         refused |= bool(found.refused)
         table = Table(show_header=False, title=Text(path), title_justify="left")
         table.add_column(no_wrap=True, style="bold")

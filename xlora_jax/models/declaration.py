@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,14 @@ class DecoderConfig:
         residual_multiplier: multiplies what attention and MLP add (Granite).
         logit_divisor: divides the logits (Granite).
         logit_softcap: as ``attention_softcap``, of the logits.
+        head: what stands behind the blocks. ``lm``: logits of the next token; ``token``: a class for each token;
+            ``last``: one for the sequence, from the last token that is not padding.
+        num_labels: C, classes of the head, if it classifies.
+        padding_token: number of the token that is padding, which the head ``last`` goes back behind; None where there
+            is none.
     """
+
+    heads: ClassVar[tuple[str, ...]] = ("lm", "token", "last")
 
     vocab_size: int
     hidden_size: int
@@ -165,6 +173,9 @@ class DecoderConfig:
     residual_multiplier: float = 1.0
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
+    head: str = "lm"
+    num_labels: int = 2
+    padding_token: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
@@ -178,6 +189,7 @@ class DecoderConfig:
             ("qkv", ("separate", "fused", "interleaved")),
             ("qk_norm", (None, "head", "whole")),
             ("mlp", ("gated", "fused_gated", "plain")),
+            ("head", self.heads),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")

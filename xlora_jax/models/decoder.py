@@ -20,7 +20,42 @@ from xlora_jax.models.rope import Rope
 from xlora_jax.models.transformer import DecoderOutput, Transformer
 from xlora_jax.modules import XLoraDense, XLoraEmbed, XLoraTiedHead
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "last_token"]
+
+
+def last_token(
+    shape: tuple[int, ...], padding: int | None, input_ids: jax.Array | None, attention_mask: jax.Array | None
+) -> jax.Array:
+    """Find each row's last token, which a sequence's class is read from.
+
+    As in transformers that is the last one whose number is not that of padding. Where transformers knows no end of a
+    row, without such a number or without numbers, the mask tells; without a mask it is the last position, as there.
+
+    Args:
+        shape: ``[B, T]``.
+        padding: number of the token that is padding; None for none.
+        input_ids: int ``[B, T]``, or None.
+        attention_mask: ``[B, T]``, zero at padding, or None.
+
+    Returns:
+        int32 ``[B]``.
+
+    Raises:
+        ValueError: several rows, and neither ``padding`` nor a mask to tell where they end.
+    """
+    batch, length = shape
+    if input_ids is not None and padding is not None:
+        seen = input_ids != padding
+    elif attention_mask is not None:
+        seen = attention_mask != 0
+    elif padding is None and batch != 1:
+        raise ValueError(
+            f"{batch} rows, and nothing tells where each ends: this model's config names no padding token "
+            f"(pad_token_id); pass attention_mask, or one row at a time"
+        )
+    else:
+        seen = jnp.ones((batch, length), bool)
+    return (seen * jnp.arange(length)).argmax(axis=1)
 
 
 class Decoder(Transformer):
@@ -43,7 +78,11 @@ class Decoder(Transformer):
             self.layers = self.single_blocks()
         if cfg.final_norm:
             self.norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
-        if cfg.tie_word_embeddings:
+        if cfg.head == "last":
+            self.score = XLoraDense(cfg.num_labels, use_bias=False, **dtypes)
+        elif cfg.head == "token":
+            self.token_classifier = XLoraDense(cfg.num_labels, **dtypes)
+        elif cfg.tie_word_embeddings:
             self.lm_head: Any = XLoraTiedHead(use_bias=cfg.head_bias, **dtypes)
         else:
             self.lm_head = XLoraDense(cfg.vocab_size, use_bias=cfg.head_bias, **dtypes)
@@ -75,10 +114,12 @@ class Decoder(Transformer):
             with_logits: also apply the output head.
 
         Returns:
-            Hidden states, logits, cache.
+            Hidden states, logits, cache. The logits are ``[B, T, V]`` or, with a head ``token``, ``[B, T, C]``; with a
+            head ``last`` they are ``[B, C]``, of the token that :func:`last_token` finds.
 
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; a mask with a cache.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; a mask with a cache; rows whose last
+                token is not known, see :func:`last_token`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -91,11 +132,17 @@ class Decoder(Transformer):
         if self.config.embed_size is not None:
             hidden_states = self.project_out(hidden_states)
         logits = self.unembed(hidden_states) if with_logits else None
+        if logits is not None and self.config.head == "last":
+            last = last_token(hidden_states.shape[:2], self.config.padding_token, input_ids, attention_mask)
+            logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
         return DecoderOutput(hidden_states, logits, cache)
 
     def unembed(self, hidden_states: jax.Array) -> jax.Array:
-        """Logits ``[B, T, V]`` of ``hidden_states [B, T, D]`` after the final norm."""
+        """Logits ``[B, T, V]``, or ``[B, T, C]`` of classes, of ``hidden_states [B, T, D]`` after the final norm."""
         cfg = self.config
+        if cfg.head != "lm":
+            classifier = self.score if cfg.head == "last" else self.token_classifier
+            return classifier(hidden_states)
         if cfg.tie_word_embeddings:
             logits = self.lm_head(hidden_states, self.embed_tokens.embedding)
         else:
@@ -145,8 +192,13 @@ class Decoder(Transformer):
             capacity: S, tokens that a row may come to.
             dtype: of keys and values; None takes that of the computation.
             chunk: the most tokens T of a call. With it, blocks that slide keep only their window and a chunk.
+
+        Raises:
+            NotImplementedError: the head classifies.
         """
         cfg = self.config
+        if cfg.head != "lm":
+            raise NotImplementedError(f"this model does not generate: its head, {cfg.head!r}, classifies")
         return KVCache.empty(
             (batch, capacity, cfg.num_kv_heads, cfg.head_dim),
             dtype or self.dtype,

@@ -6,7 +6,7 @@ Axes as in :mod:`xlora_jax.models.blocks`; C classes, P patches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import linen as nn
 from xlora_jax.models.blocks import BlockContext, Norm
 from xlora_jax.models.declaration import DecoderConfig
 from xlora_jax.models.transformer import DecoderOutput, Transformer
-from xlora_jax.modules import XLoraConv, XLoraEmbed
+from xlora_jax.modules import XLoraConv, XLoraDense, XLoraEmbed
 
 __all__ = ["Encoder", "EncoderConfig", "VisionTransformer"]
 
@@ -25,7 +25,6 @@ class EncoderConfig(DecoderConfig):
     """What an encoder declares besides what its blocks are.
 
     Attributes:
-        num_labels: C.
         head: ``token``: a class for each token; ``pooled``: one for the sequence, from its first token through a
             dense layer with tanh; ``first``: from its first token as it is.
         token_types: rows of the table of token types; 0 for none.
@@ -36,10 +35,10 @@ class EncoderConfig(DecoderConfig):
         channels: of an image.
     """
 
-    num_labels: int = 2
+    heads: ClassVar[tuple[str, ...]] = ("token", "pooled", "first")
+
     head: str = "pooled"
     token_types: int = 0
-    padding_token: int | None = None
     image_size: tuple[int, ...] = ()
     patch_size: tuple[int, ...] = ()
     channels: int = 3
@@ -47,8 +46,6 @@ class EncoderConfig(DecoderConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
         super().__post_init__()
-        if self.head not in ("token", "pooled", "first"):
-            raise ValueError(f"head: expected token, pooled or first, got {self.head!r}")
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
@@ -66,8 +63,8 @@ class _Classifying(Transformer):
         else:
             self.layers = self.single_blocks()
         if cfg.head == "pooled":
-            self.pooler = nn.Dense(cfg.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
-        classifier = nn.Dense(cfg.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
+            self.pooler = XLoraDense(cfg.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        classifier = XLoraDense(cfg.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
         if cfg.head == "token":
             self.token_classifier = classifier
         else:
@@ -84,11 +81,11 @@ class _Classifying(Transformer):
     def unembed(self, hidden_states: jax.Array) -> jax.Array:
         """Logits ``[B, T, C]`` of ``hidden_states [B, T, D]`` for the ``token`` head, else ``[B, C]``."""
         if self.config.head == "token":
-            return cast(jax.Array, self.token_classifier(hidden_states))
-        first = hidden_states[:, 0]
+            return self.token_classifier(hidden_states)
+        # Every position goes through the head, since each has its own gates; the first is taken then.
         if self.config.head == "pooled":
-            first = jnp.tanh(self.pooler(first))
-        return cast(jax.Array, self.classifier(first))
+            hidden_states = jnp.tanh(self.pooler(hidden_states))
+        return self.classifier(hidden_states)[:, 0]
 
     def empty_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: an encoder sees its input as a whole."""
