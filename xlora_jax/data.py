@@ -278,10 +278,30 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+class _Share:
+    """One process's rows of a sequence that is cut into batches, its part of each batch in one piece.
+
+    So the batch of all processes has the rows, and the order, that a single process would give it: what is drawn by
+    place in the batch (dropout) stays the same.
+    """
+
+    def __init__(self, rows: Any, batch_size: int, process_index: int, process_count: int) -> None:
+        self._rows, self._batch = rows, batch_size
+        self._own = batch_size // process_count
+        self._first = process_index * self._own
+
+    def __len__(self) -> int:
+        return int(len(self._rows) // self._batch * self._own)
+
+    def __getitem__(self, index: int) -> Any:
+        batch, place = divmod(index, self._own)
+        return self._rows[batch * self._batch + self._first + place]
+
+
 class Loader:
     """Endless batches of rows, shuffled anew every epoch: a ``grain`` pipeline.
 
-    The order depends on the seed alone, not on the number of processes, and where it stands is one number, the same on
+    The batches depend on the seed alone, not on the number of processes, and where it stands is one number, the same on
     all of them: so training resumes on another mesh.
     """
 
@@ -320,8 +340,8 @@ class Loader:
                 f"shorter rows"
             )
         self._accumulate = accumulate
-        dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
-        dataset = dataset[process_index::process_count]
+        shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
+        dataset = grain.MapDataset.source(_Share(shuffled, batch_size, process_index, process_count))
         dataset = dataset.batch(batch_size // process_count * accumulate)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
         self._iterator = iter(dataset.to_iter_dataset(options))

@@ -27,15 +27,17 @@ def model_and_rows():
     return handle, Rows.from_tokens(np.random.default_rng(0).integers(1, VOCAB, (48, 12)))
 
 
-def main(output, pause="0", fsdp="1", largest_file=None):
-    if largest_file is not None:
+def main(output, pause="0", fsdp="1", largest_file=None, processes="1", rank="0", port="0"):
+    if int(processes) > 1:
+        jax.distributed.initialize(f"localhost:{port}", num_processes=int(processes), process_id=int(rank))
+    if largest_file not in (None, "none"):
         # Writing beyond this size fails, as on a full disk, from the tenth step on.
         limit = int(largest_file)
     model, rows = model_and_rows()
 
     def on_metrics(step, kind, values):
         time.sleep(float(pause))
-        if largest_file is not None and step == 10:
+        if largest_file not in (None, "none") and step == 10:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     config = dataclasses.replace(CONFIG, fsdp=int(fsdp))
@@ -44,7 +46,7 @@ def main(output, pause="0", fsdp="1", largest_file=None):
     except CheckpointError as error:
         sys.stdout.write(f"CheckpointError: {error}\n")
         sys.exit(3)
-    if result.finished:
+    if result.finished and jax.process_index() == 0:
         leaves = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree.leaves_with_path(result.state.trainable)}
         np.savez(output + ".npz", **leaves)
     sys.stdout.write(f"finished={result.finished} step={int(result.state.step)}\n")

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -167,6 +168,25 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, undisturbed):
     assert (output / "checkpoints" / str(stopped)).is_dir()
     assert "step=40" in finish(start(output))
     assert all(np.array_equal(value, undisturbed[name]) for name, value in learnt(output).items())
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_several_processes_stops_all_at_one_step(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pair = [start(output, 0.1, 2, "none", 2, rank, port) for rank in (0, 1)]
+    wait_for(output, 6, pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    stopped = {finish(process).split("finished=False step=")[1].split()[0] for process in pair}
+    assert len(stopped) == 1
+    assert int(*stopped) < 40
+    assert (output / "checkpoints" / stopped.pop()).is_dir()
+    # One process goes on where two stopped.
+    assert "step=40" in finish(start(output))
+    for name, value in learnt(output).items():
+        assert np.linalg.norm(value - undisturbed[name]) <= 1e-4 * np.linalg.norm(undisturbed[name]), name
 
 
 @pytest.mark.slow

@@ -117,6 +117,33 @@ def test_command_and_call_give_the_same_and_peft_loads_it(files, tmp_path):
     assert int(result.state.step) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_dropout_of_the_adapters_acts_in_training_only(files, tmp_path):
+    folder, base_dir, adapters = files
+
+    def first_entries(rate, name):
+        directories = []
+        for adapter in adapters:
+            copy = shutil.copytree(adapter, tmp_path / name / Path(adapter).name)
+            config = json.loads((copy / "adapter_config.json").read_text())
+            (copy / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": rate}))
+            directories.append(copy)
+        # With a rate of zero nothing is learnt: the evaluation is that of the start.
+        given = arguments((folder, base_dir, directories), tmp_path / name / "run", "--set", '{"steps": 1}')
+        given[given.index("--learning-rate") + 1] = 0.0
+        done = invoke(given)
+        assert done.exit_code == 0, done.output
+        lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        entries = {entry["kind"]: entry for entry in map(json.loads, lines)}
+        return entries["train"]["loss"], entries["eval"]["held_loss"]
+
+    plain, dropped, again = (first_entries(rate, name) for rate, name in ((0.0, "a"), (0.5, "b"), (0.5, "c")))
+    assert abs(dropped[0] / plain[0] - 1) > 1e-4
+    assert dropped == again
+    assert dropped[1] == plain[1]
+
+
 def test_mistakes_are_named_before_anything_is_loaded(files, tmp_path):
     def refused(*more, replace=None):
         given = [str(a) for a in arguments(files, tmp_path / "run", *more)]
