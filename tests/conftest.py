@@ -7,16 +7,25 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import json
+import shutil
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from tests import reference
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}.{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,3 +64,37 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def text_files(
+    base: Callable[..., Path], experts: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, list[Path]]:
+    """A folder with train.jsonl and held.jsonl of all kinds of records, a base with a tokenizer, two adapters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    source = base("llama")
+    adapters = experts(source, "unequal")
+    folder = tmp_path_factory.mktemp("texts")
+    base_dir = shutil.copytree(source, folder / "base")
+    characters = ["<pad>", "<eos>", *string.ascii_letters, *" .,:!?0123456789"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    ).save_pretrained(base_dir)
+    random = np.random.default_rng(0)
+    lines = []
+    for number in range(40):
+        word = "".join(random.choice(list("abcdef"), 12))
+        lines.append(
+            [
+                {"text": word},
+                {"prompt": word, "completion": word[::-1]},
+                {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word.upper()}]},
+            ][number % 3]
+        )
+    for name, part in (("train", lines[:32]), ("held", lines[32:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    return folder, base_dir, adapters

@@ -27,7 +27,7 @@ FLOORS = [
     ("xlora_jax.models",),
     ("xlora_jax.forward",),
     ("xlora_jax.decoding", "xlora_jax.scaling_cache", "xlora_jax.training"),
-    ("xlora_jax.generation",),
+    ("xlora_jax.generation", "xlora_jax.routing"),
     ("xlora_jax.checkpoints", "xlora_jax.model", "xlora_jax.objectives"),
     ("xlora_jax.convert", "xlora_jax.trainer"),
 ]

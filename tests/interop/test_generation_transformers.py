@@ -141,7 +141,9 @@ def files(base, experts, tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
-    fast.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] + ' ' }}{% endfor %}w9"
+    fast.chat_template = (
+        "{% for m in messages %}{{ 'w11 ' if m['role'] == 'system' else 'w10 ' }}{{ m['content'] }} {% endfor %}w9"
+    )
     fast.save_pretrained(base_dir)
     checkpoint = tmp_path_factory.mktemp("cli") / "xlora"
     save_xlora(our_xlora(base_dir, experts(base("llama"), "unequal"), layerwise_scalings=True), checkpoint)
@@ -176,6 +178,9 @@ def test_command_line(files, tmp_path):
     assert out.exit_code == 0, out.output
     assert words(tokens) in out.stdout
     assert out.stdout.count("---") == 2
+    chat = call("generate", *common, "-p", "w5 w6", "--chat", "--system", "w3", "--no-stream")
+    ids = np.array([[11, 3, 10, 5, 6, 9]])
+    assert chat.stdout.strip() == words(np.asarray(model.generate(ids, max_new_tokens=12))[0, 6:].tolist())
     alone = call("generate", base_dir, "-p", "w5 w6 w7", "--max-new-tokens", 12, "--no-stream")
     base_tokens = np.asarray(load_base(base_dir).generate(np.array([[5, 6, 7]]), max_new_tokens=12))[0, 3:].tolist()
     assert alone.stdout.strip() == words(base_tokens) != words(tokens)

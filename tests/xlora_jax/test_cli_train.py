@@ -1,11 +1,10 @@
-"""`xlora-jax train` on real files, and the same as a Python call."""
+"""`xlora-jax train` on real text_files, and the same as a Python call."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import string
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from interop import load_xlora
@@ -23,47 +20,12 @@ from xlora_jax.cli.main import app
 from xlora_jax.cli.train import Job, run_training
 from xlora_jax.trainer import TrainConfig
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}.{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def files(base, experts, tmp_path_factory):
-    """A base with a tokenizer of characters, two adapters, and data of all kinds."""
-    source = base("llama")
-    adapters = experts(source, "unequal")
-    folder = tmp_path_factory.mktemp("cli")
-    base_dir = shutil.copytree(source, folder / "base")
-    characters = ["<pad>", "<eos>", *string.ascii_letters, *" .,:!?0123456789"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
-    ).save_pretrained(base_dir)
-    random = np.random.default_rng(0)
-    lines = []
-    for number in range(40):
-        word = "".join(random.choice(list("abcdef"), 12))
-        lines.append(
-            [
-                {"text": word},
-                {"prompt": word, "completion": word[::-1]},
-                {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word.upper()}]},
-            ][number % 3]
-        )
-    for name, part in (("train", lines[:32]), ("held", lines[32:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
-    return folder, base_dir, adapters
-
-
 SETTINGS = {"steps": 6, "batch_size": 2, "learning_rate": 0.02, "log_every": 2}
 XLORA = {"xlora_depth": 2, "xlora_size": 24, "xlora_dropout_p": 0.0}
 
 
-def arguments(files, output, *more):
-    folder, base_dir, adapters = files
+def arguments(text_files, output, *more):
+    folder, base_dir, adapters = text_files
     return [
         "train",
         *("--base", base_dir, "--data", folder / "train.jsonl", "--eval", f"held={folder / 'held.jsonl'}"),
@@ -80,9 +42,9 @@ def invoke(arguments):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_command_and_call_give_the_same_and_peft_loads_it(files, tmp_path):
-    folder, base_dir, adapters = files
-    done = invoke(arguments(files, tmp_path / "run", "--set", '{"b2": 0.95}'))
+def test_command_and_call_give_the_same_and_peft_loads_it(text_files, tmp_path):
+    folder, base_dir, adapters = text_files
+    done = invoke(arguments(text_files, tmp_path / "run", "--set", '{"b2": 0.95}'))
     assert done.exit_code == 0, done.output
     assert "held_loss" in done.output
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -112,15 +74,15 @@ def test_command_and_call_give_the_same_and_peft_loads_it(files, tmp_path):
     logits, _ = peft_run(reload_in_peft(base_dir, tmp_path / "run" / "model"), **inputs)
     assert relative_error(result.model(**inputs).logits, logits) < 1e-5
 
-    again = invoke(arguments(files, tmp_path / "run", "--set", '{"b2": 0.95}'))
+    again = invoke(arguments(text_files, tmp_path / "run", "--set", '{"b2": 0.95}'))
     assert again.exit_code == 0, again.output
     assert int(result.state.step) == 6
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_dropout_of_the_adapters_acts_in_training_only(files, tmp_path):
-    folder, base_dir, adapters = files
+def test_the_dropout_of_the_adapters_acts_in_training_only(text_files, tmp_path):
+    folder, base_dir, adapters = text_files
 
     def first_entries(rate, name):
         directories = []
@@ -144,9 +106,9 @@ def test_the_dropout_of_the_adapters_acts_in_training_only(files, tmp_path):
     assert dropped[1] == plain[1]
 
 
-def test_mistakes_are_named_before_anything_is_loaded(files, tmp_path):
+def test_mistakes_are_named_before_anything_is_loaded(text_files, tmp_path):
     def refused(*more, replace=None):
-        given = [str(a) for a in arguments(files, tmp_path / "run", *more)]
+        given = [str(a) for a in arguments(text_files, tmp_path / "run", *more)]
         if replace:
             given[given.index(replace[0]) + 1] = str(replace[1])
         done = invoke(given)
@@ -169,8 +131,8 @@ def test_help_is_enough_to_begin():
 
 
 @pytest.mark.slow
-def test_the_example_with_its_own_loop(files, tmp_path):
-    folder, base_dir, adapters = files
+def test_the_example_with_its_own_loop(text_files, tmp_path):
+    folder, base_dir, adapters = text_files
     example = Path(__file__).parents[2] / "examples" / "train_gate.py"
     assert len(example.read_text().splitlines()) <= 40
     words = " ".join(json.loads(line).get("text", "abc") for line in (folder / "train.jsonl").read_text().splitlines())

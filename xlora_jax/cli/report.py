@@ -1,0 +1,177 @@
+"""``xlora-jax report``: what a trained gate does with texts, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["command"]
+
+
+def command(
+    base: Annotated[str, typer.Argument(help="HF model directory or hub id, with its tokenizer.")],
+    checkpoint: Annotated[str, typer.Option(help="Trained X-LoRA: PEFT's layout, the original one, or a hub id.")],
+    data: Annotated[list[str], typer.Option(help="NAME=FILE of texts (.jsonl, .txt or HF datasets). Repeatable.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIR of an expert; replaces the checkpoint's paths. Repeatable.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    rows: Annotated[int, typer.Option(help="Rows of each text at most; 0 for all.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for report.json and report.png.")] = None,
+) -> None:
+    """Tell for each text what the experts are worth, and which of them the gate takes, layer by layer.
+
+    Losses are in nats per token. An expert's share is its mean gate; "decided" is 1 where one expert has all, and 0
+    where all have the same.
+    """
+    from interop import load_xlora
+    from interop.codec import load_codec
+    from xlora_jax.data import encode_records, lay_out, read_records
+
+    try:
+        if output is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
+        texts = _named(data, "--data")
+        adapters = _named(adapter or [], "--adapter") or None
+        codec = load_codec(base)
+        given = {
+            name: lay_out(encode_records(read_records(path), codec), length).arrays for name, path in texts.items()
+        }
+        model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
+        found = {name: _routing_of(model, arrays, rows, batch_size) for name, arrays in given.items()}
+        _print(model.expert_names, found)
+        if output is not None:
+            _write(output, model, found)
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"xlora-jax report: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _named(entries: Sequence[str], option: str) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"{option}: expected NAME=PATH, got {entry!r}")
+        if name in named:
+            raise ValueError(f"{option}: the name {name!r} is given twice")
+        named[name] = path
+    return named
+
+
+def _routing_of(model: Any, arrays: Mapping[str, Any], rows: int, batch_size: int) -> Any:
+    """The means over a text, as NumPy arrays."""
+    import jax
+    import numpy as np
+
+    from xlora_jax.losses import IGNORED_LABEL
+    from xlora_jax.routing import make_routing_step
+
+    step, total = make_routing_step(model.xlora), None
+    count = len(arrays["input_ids"]) if rows == 0 else min(rows, len(arrays["input_ids"]))
+    for start in range(0, count, batch_size):
+        batch = {}
+        for name, array in arrays.items():
+            part = array[start : min(start + batch_size, count)]
+            # One compiled shape: rows in which nothing is predicted fill the last batch.
+            fill = IGNORED_LABEL if name == "labels" else 0
+            batch[name] = np.pad(part, ((0, batch_size - len(part)), (0, 0)), constant_values=fill)
+        part = step(model.params, batch)
+        total = part if total is None else total + part
+    assert total is not None
+    return jax.tree.map(np.asarray, total.mean())
+
+
+def _decided(routing: Any) -> Any:
+    """``[L]``: how far the gates are from taking all experts the same."""
+    import numpy as np
+
+    count = routing.gates.shape[-1]
+    return 1 - routing.entropy / np.log(count) if count > 1 else np.ones_like(routing.entropy)
+
+
+def _print(experts: Sequence[str], found: Mapping[str, Any]) -> None:
+    table = Table(title="mean gate of each expert; losses in nats per token")
+    for column in ("text", "tokens", "base", "X-LoRA", *experts, "decided"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for name, routing in found.items():
+        gates = routing.gates.mean(axis=0)
+        table.add_row(
+            name,
+            f"{int(routing.tokens):,}",
+            f"{routing.base_loss:.3f}",
+            f"{routing.loss:.3f}",
+            *(f"[bold]{gate:.2f}[/bold]" if gate == gates.max() else f"{gate:.2f}" for gate in gates),
+            f"{_decided(routing).mean():.2f}",
+        )
+    Console().print(table)
+
+
+def _write(output: Path, model: Any, found: Mapping[str, Any]) -> None:
+    """Write both files, each beside its place first."""
+    experts = list(model.expert_names)
+    layers = list(model.layer_names) if model.config.layerwise_scalings else ["all layers"]
+    report = {
+        "experts": experts,
+        "layers": layers,
+        "texts": {
+            name: {
+                "tokens": int(routing.tokens),
+                "base_loss": float(routing.base_loss),
+                "loss": float(routing.loss),
+                "mean_gates": routing.gates.tolist(),
+                "leads": routing.leads.tolist(),
+                "entropy": routing.entropy.tolist(),
+            }
+            for name, routing in found.items()
+        },
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    text = output / "report.json.partial"
+    text.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    text.replace(output / "report.json")
+    picture = output / "report.partial.png"
+    _draw(picture, experts, layers, found)
+    picture.replace(output / "report.png")
+    typer.echo(f"{output / 'report.json'} and {output / 'report.png'}")
+
+
+def _draw(path: Path, experts: Sequence[str], layers: Sequence[str], found: Mapping[str, Any]) -> None:
+    """For each text the mean gate of each expert at each layer, from none (light) to all (dark)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    height = max(2.2, 1.2 + 0.09 * len(layers))
+    figure, panels = plt.subplots(
+        1,
+        len(found),
+        figsize=(1.5 + (0.6 + 0.45 * len(experts)) * len(found), height),
+        dpi=150,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, (name, routing) in zip(panels[0], found.items(), strict=True):
+        image = panel.imshow(routing.gates, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+        panel.set_title(f"{name}\n{routing.base_loss:.2f} to {routing.loss:.2f}", fontsize=9)
+        panel.set_xticks(range(len(experts)), experts, rotation=90, fontsize=8)
+        panel.tick_params(length=0)
+    if len(layers) > 24:
+        places = range(0, len(layers), -(-len(layers) // 12))
+        panels[0][0].set_yticks(list(places), [layers[place] for place in places], fontsize=6)
+    else:
+        panels[0][0].set_yticks(range(len(layers)), layers, fontsize=6)
+    figure.colorbar(image, ax=list(panels[0]), label="mean gate")
+    figure.savefig(path)
+    plt.close(figure)
