@@ -151,3 +151,23 @@ def test_the_example_with_its_own_loop(text_files, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 10: loss" in done.stdout
     assert load_xlora(base_dir, checkpoint=tmp_path / "gate").expert_names == ("one", "two")
+
+
+@pytest.mark.slow
+def test_the_walkthrough(text_files, tmp_path):
+    folder, base_dir, adapters = text_files
+    example = Path(__file__).parents[2] / "examples" / "walkthrough.py"
+    done = subprocess.run(
+        [
+            *(sys.executable, example, base_dir, f"one={adapters[0]}", f"two={adapters[1]}"),
+            *("--text", f"a={folder / 'train.jsonl'}", f"b={folder / 'held.jsonl'}", "--steps", "3"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(example.parents[1]), "MPLBACKEND": "agg"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "after training, b: base" in done.stdout
+    assert load_xlora(base_dir, checkpoint=tmp_path / "walkthrough").expert_names == ("one", "two")
