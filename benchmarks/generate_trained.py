@@ -4,8 +4,8 @@
 
 Three drafts are compared on the same texts: the adapted model with the gates of the token before; guesses from the text
 itself; and the base model's own next token, which the scaling pass could give (not built: its acceptance is computed
-from the finished texts). "auto" is the default, which takes what is likely to be fastest. Prompts stand one a line, as
-JSON strings.
+from the finished texts). Reads are those of the weights per token: 1 is the base model, 2 plain decoding. "auto" is the
+default, which takes what is likely to be fastest. Prompts stand one a line, as JSON strings.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     console = Console(width=140)
     table = Table(title=f"{options.new} new tokens; times are medians, relative to the base model's own decoding")
     ways = ("plain", "gates", "lookup", "auto")
-    for column in ("prompt", "right: gates", "base", "guessed", *ways, "same text"):
+    for column in ("prompt", "right: gates", "base", "guessed", "reads: gates", "lookup", *ways, "same text"):
         table.add_column(column, justify="left" if column == "prompt" else "right")
     for line in options.prompts.read_text(encoding="utf-8").splitlines():
         prompt = json.loads(line)
@@ -78,6 +78,8 @@ def main() -> None:
             f"{gates.acceptance:.1%}",
             f"{np.mean(next_of_base == text[0, ids.shape[1] + 1 :]):.1%}",
             f"{lookup.guessed:.1%}",
+            f"{gates.reads_per_token:.2f}",
+            f"{lookup.reads_per_token:.2f}",
             *(f"{median[way] / median['base']:.2f}" for way in ways),
             "yes" if all(np.array_equal(text, texts[way]) for way in ways) else "NO",
         )
