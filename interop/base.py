@@ -249,7 +249,7 @@ def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
 
     def taken(leaf: jax.Array, source: _Source) -> NDArray[Any]:
-        value = np.asarray(leaf[source.member])
+        value = np.asarray(leaf[source.member] if source.member else leaf)
         return np.transpose(value, np.argsort(source.order)) if source.order else value
 
     for path, (shape, sources) in _sources(cast(Transformer, model.module), origin.family).items():

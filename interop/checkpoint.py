@@ -585,10 +585,12 @@ def _write_peft(
     extras: Mapping[str, Any],
     head: Mapping[str, NDArray[Any]],
 ) -> None:
-    heads = [path for adapter in adapters for path in adapter.layers if path.split(".")[-1] == "lm_head"]
-    if heads:
+    outside = sorted({path for adapter in adapters for path in adapter.layers if not path.startswith("model.")})
+    if outside:
+        shown = ", ".join(outside[:3]) + (", ..." if len(outside) > 3 else "")
         warnings.warn(
-            "experts adapt lm_head: PEFT itself refuses to load such an X-LoRA (seen with 0.21); it loads here.",
+            f"experts adapt {shown}: PEFT itself refuses to load an X-LoRA with modules outside of `model.` (seen with "
+            f"0.21); it loads here.",
             UserWarning,
             stacklevel=4,
         )

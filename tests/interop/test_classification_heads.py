@@ -21,6 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import xlora_jax
 from interop import load_base, load_lora, load_xlora, save_base, save_lora, save_xlora
 from interop.errors import FormatError
+from interop.inspection import inspect_path
+from interop.model import open_xlora
 from tests.encoders import CASES, adapters_on, encoder_inputs, make_encoder, run_encoder
 from tests.families import MODELS
 from tests.reference import peft_run, prompt, randomise, relative_error
@@ -209,6 +211,9 @@ def test_xlora_with_a_head_is_pefts_by_way_of_an_export(task, llama, experts, tm
 
     again = load_xlora(llama, checkpoint=tmp_path / "x", dtype=jnp.float32)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again.params, ours.params)))
+    save_xlora(open_xlora(str(llama), checkpoint=tmp_path / "x", dtype="float32"), tmp_path / "unread")
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("x", "unread"))
+    assert first == second
     with pytest.raises(FormatError, match="layout 'xlora' has no place for a classification head"):
         save_xlora(ours, tmp_path / "original", layout="xlora")
 
@@ -247,6 +252,13 @@ def test_one_head_that_all_share_is_used(llama, experts, tmp_path):
         load_xlora(load_base(llama), adapters=adapters)
     with pytest.raises(ValueError, match="make_objective_step"):
         xlora_jax.training.batch_loss(shared.xlora, {}, shared.params, {})
+
+
+def test_inspecting_says_what_head_there_is(llama, experts):
+    found = inspect_path(str(experts["SEQ_CLS"][0]), str(llama))
+    assert found.facts["head"] == "score.weight [5, 48]"
+    assert found.facts["fits the base"].startswith("yes, 9 of its layers")
+    assert not found.refused
 
 
 def test_files_keep_the_head(llama, experts, tmp_path):

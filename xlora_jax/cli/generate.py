@@ -121,7 +121,7 @@ def command(
                 typer.echo(written if stops is None else stops.cut(written))
         if stats:
             typer.secho(_describe(model.get_generation_stats()), dim=True, err=True)
-    except (FormatError, ValueError, OSError) as error:
+    except (FormatError, NotImplementedError, ValueError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 
