@@ -30,6 +30,7 @@ FLOORS = [
     ("xlora_jax.generation", "xlora_jax.routing"),
     ("xlora_jax.checkpoints", "xlora_jax.model", "xlora_jax.objectives"),
     ("xlora_jax.convert", "xlora_jax.trainer"),
+    ("xlora_jax.convert_nnx",),
 ]
 
 

@@ -5,9 +5,7 @@ Experts act wherever the ``experts`` collection has an entry at the path of an `
 ``nn.remat`` and ``nn.jit`` do so by themselves, ``nn.scan`` and ``nn.vmap`` have to be told with
 ``variable_axes={"params": 0, "experts": 0, "scalings": 0}``.
 
-Flax NNX has no place to intercept: a layer's ``__call__`` is looked up on its class, and its variables are attributes
-rather than collections by path, so that ``nnx.bridge.ToLinen`` shows this module one Linen module without submodules.
-An NNX model needs its layers exchanged for ones that call :func:`xlora_jax.mixing.mix_experts`, which is array code.
+NNX models: :mod:`xlora_jax.convert_nnx`.
 
 Axes as in :mod:`xlora_jax.mixing`, and M for modules stacked by ``nn.scan``.
 """
@@ -34,7 +32,7 @@ from xlora_jax.modules import XLoraConv, XLoraDense, XLoraEmbed, XLoraTiedHead, 
 from xlora_jax.stacking import Piece, stack_pieces
 from xlora_jax.trees import Path, flatten, unflatten
 
-__all__ = ["ForeignModule", "Lora", "convert", "find_layers"]
+__all__ = ["PLANS", "ForeignModule", "FoundLayer", "Lora", "convert", "find_layers", "put_together"]
 
 _OURS = (XLoraDense, XLoraEmbed, XLoraConv, XLoraTiedHead)
 
@@ -128,26 +126,38 @@ class ForeignModule:
         given = dict(inputs)
         positional = [given.pop(name) for name in self.positional if name in given]
         path = _path(self.hidden_states) if isinstance(self.hidden_states, str) else None
-        with intercepted():
-            out, state = self.module.apply(
-                variables,
-                *positional,
-                rngs=dict(rngs or {}),
-                mutable=["intermediates"],
-                capture_intermediates=lambda module, name: name == "__call__" and module.path == path,
-                **given,
-            )
+        out, captured = self.call(variables, positional, given, dict(rngs or {}), path)
         if path is not None:
-            captured = flatten(state.get("intermediates", {})).get((*path, "__call__"))
             if captured is None:
                 raise ValueError(
                     f"hidden_states: no submodule {self.hidden_states!r} was called; the names of "
                     f"{type(self.module).__name__}'s submodules are the keys of its parameters, joined by '/'"
                 )
-            hidden = captured[0]
+            hidden = captured
         else:
             hidden = cast(Callable[[Any], jax.Array], self.hidden_states)(out)
         return DecoderOutput(hidden, out if self.logits is None else self.logits(out))
+
+    def call(
+        self,
+        variables: Mapping[str, Any],
+        positional: list[Any],
+        named: dict[str, Any],
+        rngs: dict[str, jax.Array],
+        captured: Path | None,
+    ) -> tuple[Any, jax.Array | None]:
+        """Run the model; give its output, and that of the submodule at the path ``captured`` if that was called."""
+        with intercepted():
+            out, state = self.module.apply(
+                variables,
+                *positional,
+                rngs=rngs,
+                mutable=["intermediates"],
+                capture_intermediates=lambda module, name: name == "__call__" and module.path == captured,
+                **named,
+            )
+        found = None if captured is None else flatten(state.get("intermediates", {})).get((*captured, "__call__"))
+        return out, None if found is None else found[0]
 
     def clone(self, **changes: Any) -> ForeignModule:
         """Return the module, unless settings are given that only this library's own models have."""
@@ -180,7 +190,7 @@ def intercepted(seen: Callable[[nn.Module, tuple[int, ...]], None] | None = None
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module: Any = context.module
         outputs = next_fun(*args, **kwargs)
-        plan = next((plan for kind, plan in _PROJECTIONS.items() if isinstance(module, kind)), None)
+        plan = next((plan for kind, plan in PLANS.items() if isinstance(module, kind)), None)
         mixes_itself = isinstance(module, _OURS)
         if plan is None or context.method_name != "__call__" or mixes_itself:
             return outputs
@@ -198,7 +208,7 @@ def intercepted(seen: Callable[[nn.Module, tuple[int, ...]], None] | None = None
 
 
 @dataclass(frozen=True)
-class _Axes:
+class Axes:
     """Where an output's feature axes are: ``order`` brings them last, flattened they are F."""
 
     order: tuple[int, ...]
@@ -213,24 +223,27 @@ class _Axes:
         return jnp.transpose(moved, np.argsort(self.order).tolist())
 
 
-_Plan = tuple[tuple[int, ...], Callable[[jax.Array], jax.Array], _Axes | None]
+Plan = tuple[tuple[int, ...], Callable[[jax.Array], jax.Array], Axes | None]
 
 
-def _plan_dense(module: nn.Dense, outputs: jax.Array, inputs: jax.Array) -> _Plan:
-    return (inputs.shape[-1], module.features), project_dense(module, inputs), None
+# Plans are for layers of NNX too, which share the names of all attributes that are read here.
 
 
-def _plan_embed(module: nn.Embed, outputs: jax.Array, inputs: jax.Array) -> _Plan:
+def _plan_dense(module: Any, outputs: jax.Array, inputs: jax.Array) -> Plan:
+    return (inputs.shape[-1], outputs.shape[-1]), project_dense(module, inputs), None
+
+
+def _plan_embed(module: Any, outputs: jax.Array, inputs: jax.Array) -> Plan:
     shape = (module.num_embeddings, module.features)
     return shape, lambda lora_a: jnp.take(lora_a, inputs, axis=0), None
 
 
-def _plan_conv(module: nn.Conv, outputs: jax.Array, inputs: jax.Array) -> _Plan:
+def _plan_conv(module: Any, outputs: jax.Array, inputs: jax.Array) -> Plan:
     kernel = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
-    return (*kernel, inputs.shape[-1], module.features), project_conv(module, inputs), None
+    return (*kernel, inputs.shape[-1], outputs.shape[-1]), project_conv(module, inputs), None
 
 
-def _plan_dense_general(module: nn.DenseGeneral, outputs: jax.Array, inputs: jax.Array) -> _Plan:
+def _plan_dense_general(module: Any, outputs: jax.Array, inputs: jax.Array) -> Plan:
     if np.size(module.batch_dims):
         raise ValueError(
             f"layer {'/'.join(module.path)}: nn.DenseGeneral with batch_dims {module.batch_dims} has a kernel for each "
@@ -241,10 +254,10 @@ def _plan_dense_general(module: nn.DenseGeneral, outputs: jax.Array, inputs: jax
     features = np.ravel(module.features).tolist()
     x = _contracted_last(inputs, axes)
     order = tuple(range(outputs.ndim))
-    return (x.shape[-1], math.prod(features)), project_dense(module, x), _Axes(order, len(features))
+    return (x.shape[-1], math.prod(features)), project_dense(module, x), Axes(order, len(features))
 
 
-def _plan_einsum(module: nn.Einsum, outputs: jax.Array, inputs: jax.Array, einsum_str: str | None = None) -> _Plan:
+def _plan_einsum(module: Any, outputs: jax.Array, inputs: jax.Array, einsum_str: str | None = None) -> Plan:
     equation = (einsum_str or module.einsum_str or "").replace(" ", "")
     terms, _, result = equation.partition("->")
     left, _, right = terms.partition(",")
@@ -263,7 +276,7 @@ def _plan_einsum(module: nn.Einsum, outputs: jax.Array, inputs: jax.Array, einsu
     x = _contracted_last(inputs, [left.index(letter) for letter in contracted])
     order = tuple(result.index(letter) for letter in (*kept, *features))
     width = math.prod(outputs.shape[result.index(letter)] for letter in features)
-    return (x.shape[-1], width), project_dense(module, x), _Axes(order, len(features))
+    return (x.shape[-1], width), project_dense(module, x), Axes(order, len(features))
 
 
 def _contracted_last(inputs: jax.Array, axes: list[int]) -> jax.Array:
@@ -273,7 +286,7 @@ def _contracted_last(inputs: jax.Array, axes: list[int]) -> jax.Array:
     return moved.reshape(*moved.shape[: len(kept)], -1)
 
 
-_PROJECTIONS: dict[type[nn.Module], Callable[..., _Plan]] = {
+PLANS: dict[type[nn.Module], Callable[..., Plan]] = {
     nn.Dense: _plan_dense,
     nn.DenseGeneral: _plan_dense_general,
     nn.Einsum: _plan_einsum,
@@ -361,7 +374,21 @@ def convert(
     named = dict(example)
     inputs = [named.pop(name) for name in positional if name in named]
     found = find_layers(module, params, *inputs, **named)
-    stacked, layers = _stack(experts, found, np.dtype(expert_dtype))
+    return put_together(foreign, params, experts, found, config, example, np.dtype(expert_dtype), seed)
+
+
+def put_together(
+    foreign: ForeignModule,
+    params: Mapping[str, Any],
+    experts: Mapping[str, Mapping[str, Lora]],
+    found: Mapping[str, FoundLayer],
+    config: XLoraConfig,
+    example: Mapping[str, Any],
+    expert_dtype: np.dtype[Any],
+    seed: int,
+) -> XLoraModel:
+    """Make the model of a module and its layers; arguments and errors as those of :func:`convert`."""
+    stacked, layers = _stack(experts, found, expert_dtype)
     hidden = jax.eval_shape(lambda params: foreign.apply({"params": params}, **example).hidden_states, params)
     if hidden.ndim != 3 or hidden.shape[-1] != config.hidden_size:
         raise ValueError(
@@ -369,7 +396,7 @@ def convert(
         )
     tree = {"base": params, "experts": stacked, "classifier": {}}
     model = XLoraModel(cast(Any, foreign), tree, config, layers, tuple(experts))
-    classifier = model.xlora.classifier.init(jax.random.key(seed), jnp.zeros((1, 1, config.hidden_size), dtype))
+    classifier = model.xlora.classifier.init(jax.random.key(seed), jnp.zeros((1, 1, config.hidden_size), foreign.dtype))
     return model.replace(params={**tree, "classifier": classifier["params"]})
 
 
@@ -442,7 +469,8 @@ def _check(expert: str, name: str, lora: Lora, found: Mapping[str, FoundLayer]) 
             f"{where}: a lifted transform around it does not carry the collections 'experts' and 'scalings', so no "
             f"expert could act there. Give the nn.scan (or nn.vmap) variable_axes={{'params': 0, 'experts': 0, "
             f"'scalings': 0}}, and split_rngs={{'lora_dropout': True}} if experts are trained with dropout; nn.remat "
-            f"and nn.jit carry them if `variables` is left at its default"
+            f"and nn.jit carry them if `variables` is left at its default. In NNX the transform has to treat all "
+            f"variables of a module as it treats its parameters"
         )
     lead = () if layer.members is None else (layer.members,)
     *inputs, width = layer.shape
