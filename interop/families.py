@@ -382,14 +382,16 @@ def classifying(
             f"the base's architectures, {config.get('architectures')!r}, say what for; expected task_type "
             f"{' or '.join(TASKS)} in its adapter_config.json."
         )
-    last = [name for row in family.after if (name := f"{row.hf}.weight") in head]
-    if not last:
-        rows = ", ".join(dict.fromkeys(row.hf for row in family.after if row.kind == "linear" and row.hf != "lm_head"))
+    heads = [row for row in family.after if row.kind == "linear" and row != _LM_HEAD]
+    known = {f"{row.hf}.{suffix}": row for row in heads for suffix, _ in LEAVES[row.kind].values()}
+    outputs = [name for name in known if name in head and name.endswith(".weight") and len(head[name]) == 2]
+    if not outputs or not head.keys() <= known.keys():
         raise FormatError(
             f"{where}: brings a classification head ({', '.join(head)}) that {family.model_type} has not; expected "
-            f"{rows}. It was trained on another base."
+            f"{', '.join(dict.fromkeys(row.hf for row in heads))}, with a weight [labels, width]. It was trained on "
+            f"another base, or is more than a head."
         )
-    labels = {i: f"LABEL_{i}" for i in range(head[last[-1]][0])}
+    labels = {i: f"LABEL_{i}" for i in range(head[outputs[-1]][0])}
     return {
         **config,
         "architectures": [f"{family.stem}For{task}"],

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import xlora_jax
 from interop import load_base, load_lora, load_xlora, save_base, save_lora, save_xlora
 from interop.errors import FormatError
+from interop.heads import choose_head
 from interop.inspection import inspect_path
 from interop.model import open_xlora
 from tests.encoders import CASES, adapters_on, encoder_inputs, make_encoder, run_encoder
@@ -250,6 +251,8 @@ def test_one_head_that_all_share_is_used(llama, experts, tmp_path):
         load_xlora(llama, adapters=adapters, head="c")
     with pytest.raises(ValueError, match="has not the classification head that adapter 'a'"):
         load_xlora(load_base(llama), adapters=adapters)
+    with_head = load_base(llama, head=choose_head([first]))
+    assert load_xlora(with_head, adapters=adapters).params["base"] is with_head.params
     with pytest.raises(ValueError, match="make_objective_step"):
         xlora_jax.training.batch_loss(shared.xlora, {}, shared.params, {})
 
@@ -295,6 +298,9 @@ def test_heads_that_cannot_be_are_refused_by_name(llama, experts, tmp_path):
         load_lora(saved({"modules_to_save": ["score", "embed_tokens"]}))
     with pytest.raises(FormatError, match=r"\(classifier.weight\) that llama has not; expected score"):
         load_xlora(llama, adapters={"math": saved({}, **{"classifier.weight": np.ones((5, 48), np.float32)})})
+    more = {**adapter.head, "score.out_proj.weight": np.ones((5, 48), np.float32)}
+    with pytest.raises(FormatError, match=r"expected score, with a weight .* or is more than a head"):
+        load_xlora(llama, adapters={"math": saved({}, **more)})
     with pytest.raises(FormatError, match="neither its task_type, None, nor the base's architectures"):
         load_xlora(llama, adapters={"math": saved({"task_type": None}, **adapter.head)})
     with pytest.raises(FormatError, match=r"'score.weight': expected shape \[5, 48\]"):
