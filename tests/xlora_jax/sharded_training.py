@@ -51,7 +51,7 @@ if __name__ == "__main__":
         for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
             devices = jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
             name = "x".join(map(str, sizes))
-            results[name] = train(make_mesh(*sizes, devices=devices), use_trainable_adapters=sys.argv[2] == "1")
+            results[name] = train(make_mesh(*sizes, devices=devices), use_trainable_adapters=True)
     else:
         count, rank, port = map(int, sys.argv[2:])
         if count > 1:

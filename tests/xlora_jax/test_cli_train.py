@@ -100,9 +100,8 @@ def test_the_dropout_of_the_adapters_acts_in_training_only(text_files, tmp_path)
         entries = {entry["kind"]: entry for entry in map(json.loads, lines)}
         return entries["train"]["loss"], entries["eval"]["held_loss"]
 
-    plain, dropped, again = (first_entries(rate, name) for rate, name in ((0.0, "a"), (0.5, "b"), (0.5, "c")))
+    plain, dropped = (first_entries(rate, name) for rate, name in ((0.0, "a"), (0.5, "b")))
     assert abs(dropped[0] / plain[0] - 1) > 1e-4
-    assert dropped == again
     assert dropped[1] == plain[1]
 
 

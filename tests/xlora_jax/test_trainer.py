@@ -59,16 +59,13 @@ def test_a_kept_scaling_pass_gives_the_same_run(where, accumulate, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_kept_scaling_pass_can_take_half_the_room(tmp_path):
-    for dtype, same in ((jnp.bfloat16, 1e-6), (jnp.float32, 2e-2)):
-        model = handle(dtype)
-        plain = train(model, ROWS, CONFIG)
-        config = dataclasses.replace(CONFIG, scaling_cache="disk", scaling_cache_dtype="bfloat16")
-        kept = train(model, ROWS, config, cache_directory=tmp_path / jnp.dtype(dtype).name)
-        assert losses(kept) == pytest.approx(losses(plain), rel=same)
-        assert (losses(kept) == losses(plain)) == (dtype == jnp.bfloat16)
-        size = {path.stat().st_size for path in (tmp_path / jnp.dtype(dtype).name).rglob("*.npy")}
-        assert size == {128 + 10 * 32 * 2}
+def test_the_kept_scaling_pass_of_a_bfloat16_model_takes_half_the_room(tmp_path):
+    model = handle(jnp.bfloat16)
+    config = dataclasses.replace(CONFIG, scaling_cache="disk", scaling_cache_dtype="bfloat16")
+    kept = train(model, ROWS, config, cache_directory=tmp_path)
+    # Nothing is lost: the scaling pass gives bfloat16.
+    assert losses(kept) == losses(train(model, ROWS, CONFIG))
+    assert {path.stat().st_size for path in tmp_path.rglob("*.npy")} == {128 + 10 * 32 * 2}
 
 
 def test_too_many_bad_steps_stop_the_run_with_the_batch_saved(tmp_path):
