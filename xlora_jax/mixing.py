@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlora_jax import products
+
 __all__ = [
     "constant_scalings",
     "drop_and_project",
@@ -134,12 +136,11 @@ def mix_experts(down: jax.Array, gates: jax.Array, columns: jax.Array, lora_b: j
     Returns:
         float32 ``[..., F]`` (float64 for float64 experts), to be added to the base layer's output.
     """
-    accumulate = jnp.promote_types(lora_b.dtype, jnp.float32)
     # A product that only selects and scales: each column has one expert. Written as a sum, which is exact on every
     # backend (the default precision of a matrix product would round the gates on a TPU) and fuses with what is around.
     column_gates = (gates.astype(columns.dtype)[..., :, None] * columns).sum(axis=-2)
     gated = (down * column_gates).astype(lora_b.dtype)
-    return jnp.matmul(gated, lora_b, preferred_element_type=accumulate)
+    return products.matmul(gated, lora_b)
 
 
 def drop_and_project(

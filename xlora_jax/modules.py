@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from xlora_jax import mixing
+from xlora_jax import mixing, products
 
 __all__ = [
     "TemperatureScaledSoftmax",
@@ -174,7 +174,7 @@ def project_dense(module: nn.Module, inputs: jax.Array) -> Callable[[jax.Array],
                 module.get_variable("experts", "columns"),
                 module.get_variable("experts", "lora_dropout"),
             )
-        return jnp.matmul(x, lora_a, preferred_element_type=jnp.promote_types(lora_a.dtype, jnp.float32))
+        return products.matmul(x, lora_a)
 
     return project
 
@@ -200,6 +200,8 @@ def project_conv(module: nn.Conv, inputs: jax.Array) -> Callable[[jax.Array], ja
 
 class XLoraDense(nn.Dense):
     """``flax.linen.Dense`` that mixes the experts found at its path; the same attributes, parameters and errors."""
+
+    dot_general: Any = products.dot_general
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Return ``[..., F]`` for ``inputs [..., D]``; with gates ``[B, T, N]`` the inputs are ``[B, T, D]``."""
