@@ -27,6 +27,8 @@ __all__ = ["MLP", "Attention", "Block", "BlockContext", "LayerFlags", "Norm", "R
 
 # Finite, so that a query that sees nothing has a softmax, and a gradient, without NaN.
 _LOWEST = float(np.finfo(np.float32).min)
+# Queries per row, up to which attention is computed here and not by JAX.
+_FEW = 16
 
 
 @struct.dataclass
@@ -110,21 +112,26 @@ def attend(
     Returns:
         ``[B, T, H, C]``.
     """
-    # JAX's own has no soft cap, and in float16 it asks for a kind of product that CPUs do not have.
-    if softcap is None and (q.dtype != jnp.float16 or implementation == "cudnn"):
+    # JAX's own has no soft cap, and in float16 it asks for a kind of product that CPUs do not have. For few queries, as
+    # in decoding, it is up to three times slower on a CPU: it makes XLA transpose all keys.
+    few = q.shape[1] <= _FEW and mask is not None and implementation is None
+    if softcap is None and not few and (q.dtype != jnp.float16 or implementation == "cudnn"):
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation=cast(Any, implementation)
         )
     batch, length, heads, width = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, width)
-    logits = jnp.einsum("btkgc,bskc->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    shared = k.shape[2]
+    # The queries that share a key-value head are rows of one product.
+    rows = q.reshape(batch, length, shared, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, width)
+    logits = jnp.einsum("bkrc,bskc->bkrs", rows, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if mask is None:
         mask = (jnp.arange(k.shape[1]) <= jnp.arange(length)[:, None])[None, None]
-    logits = jnp.where(mask[:, :, None], logits, _LOWEST)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(batch, length, heads, width)
+    by_head = logits.reshape(batch, shared, -1, length, k.shape[1])
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], by_head, _LOWEST), axis=-1).astype(v.dtype)
+    y = jnp.einsum("bkrs,bskc->bkrc", weights.reshape(logits.shape), v)
+    return y.reshape(batch, shared, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
 class _Part(nn.Module):
