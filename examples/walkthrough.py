@@ -46,9 +46,11 @@ print("the gate of the last token, before it has learnt anything:", np.round(out
 
 
 # %% What the gate does with each text: mean gate of each expert, loss of the base alone and with the experts.
+step = make_routing_step(model.xlora)
+
+
 def look(title: str) -> None:
     """Print and draw it."""
-    step = make_routing_step(model.xlora)
     _, panel = plt.subplots(layout="constrained")
     left = np.zeros(len(rows))
     means = {

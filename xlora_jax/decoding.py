@@ -490,7 +490,7 @@ def decode(
     chooser = None
     if state.scaling is not None and settings.draft is True:
         times = PassTimes.of(*_bytes_read(params), jax.default_backend())
-        chooser = None if times is None else Chooser(times, len(first), np.array(state.length))
+        chooser = None if times is None else Chooser(times, np.array(state.length))
     while True:
         length, done = np.array(state.length), np.array(state.done)
         if done.all():

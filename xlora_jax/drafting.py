@@ -114,12 +114,10 @@ class Chooser:
 
     Attributes:
         times: of the passes.
-        batch: B.
         looked: int32 ``[B]``, how far each row's text has been looked at: tokens.
     """
 
     times: PassTimes
-    batch: int
     looked: Ints
     _checked: float = field(default=_SEEN, init=False)
     _accepted: float = field(default=_SEEN * _ACCEPTANCE, init=False)
@@ -160,7 +158,7 @@ class Chooser:
         seen = {"acceptance": self._accepted / self._checked, "advance": self._tokens / self._steps}
 
         def time(way: Way) -> float:
-            return self.times.per_token(way, self.batch, **seen) / (1 if way == "plain" else _GAIN)
+            return self.times.per_token(way, len(self.looked), **seen) / (1 if way == "plain" else _GAIN)
 
         ways: tuple[Way, ...] = ("plain", "gates", "lookup")
         return min(ways, key=time)

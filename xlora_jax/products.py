@@ -1,8 +1,8 @@
 """Products of one row with a matrix, which is what decoding on a CPU consists of.
 
 XLA's CPU backend computes such a product on one core, which does not read memory as fast as all cores together. As a
-batch of products over parts of the contraction, one for each core, it takes all of them: a 12-layer model of width 576
-decodes a quarter faster on two cores (``benchmarks/generate.py``). Everything else is ``jax.lax.dot_general``.
+batch of products over parts of the contraction, one for each core, it takes all of them. Everything else is
+``jax.lax.dot_general``.
 """
 
 from __future__ import annotations

@@ -192,6 +192,8 @@ def test_command_line(files, tmp_path):
         ((), "either --prompt or --prompts"),
         (("-p", "w1", "--system", "w2"), "--system needs --chat"),
         (("-p", "w1", "--adapter", "a=b"), "--adapter needs --checkpoint"),
+        (("-p", "w1", "--checkpoint", "x", "--adapter", "a=b", "--adapter", "a=c"), "the name 'a' is given twice"),
+        (("-p", "w1", "--checkpoint", "x", "--adapter", "b"), "--adapter: expected NAME=PATH, got 'b'"),
         (("-p", "w1", "--temperature", "0"), "temperature: expected > 0"),
         (("-p", "w1", "--stream", "--n", "2"), "--stream prints one text"),
         (("-p", ""), "has no tokens"),

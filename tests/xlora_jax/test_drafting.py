@@ -36,7 +36,7 @@ def test_guesses_continue_the_text_from_where_it_was_before(xp: Any, row: list[i
 
 def choices(times: PassTimes, text: list[int], *, acceptance: float, piece: int = 16) -> list[Way]:
     """What is chosen along a text, were stale-gate drafts right at that rate wherever they are chosen."""
-    chooser, ways = Chooser(times, 1, np.array([2], np.int32)), []
+    chooser, ways = Chooser(times, np.array([2], np.int32)), []
     checked = accepted = 0.0
     for length in range(2 + piece, len(text) + 1, piece):
         if ways and ways[-1] == "gates":
@@ -76,7 +76,7 @@ def test_a_cpu_decodes_plainly_where_nothing_repeats() -> None:
 
 
 def test_rows_of_a_batch_count_together() -> None:
-    chooser = Chooser(GPU, 2, np.array([2, 2], np.int32))
+    chooser = Chooser(GPU, np.array([2, 2], np.int32))
     chooser.see(np.array([[1] * 40, RANDOM[:40]]), np.array([40, 10]), 0, 0)
     np.testing.assert_array_equal(chooser.looked, [40, 10])
     # 38 tokens of the first row in steps of eight, eight of the second one by one.

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from xlora_jax.cli.pairs import named
+
 __all__ = ["command"]
 
 Option = typer.Option
@@ -101,7 +103,7 @@ def command(
                 raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
             model: Any = load_base(base, dtype=dtype, scan_layers=False)
         else:
-            adapters = dict(_named(entry) for entry in adapter or []) or None
+            adapters = named(adapter or [], "--adapter") or None
             model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
         ids, mask = _encode(tokenizer, texts, chat=chat, system=system)
         rows = len(ids) * config.num_return_sequences
@@ -146,13 +148,6 @@ def _read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:
         if not isinstance(texts[-1], str):
             raise ValueError(f"{prompts}, line {number}: expected a JSON string, got {line!r}")
     return texts
-
-
-def _named(entry: str) -> tuple[str, str]:
-    name, equals, path = entry.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"--adapter: expected name=DIR, got {entry!r}")
-    return name, path
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | None) -> tuple[Any, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from xlora_jax.cli.pairs import named
 
 __all__ = ["command"]
 
@@ -36,18 +39,20 @@ def command(
     from interop import load_xlora
     from interop.codec import load_codec
     from xlora_jax.data import encode_records, lay_out, read_records
+    from xlora_jax.routing import make_routing_step
 
     try:
         if output is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
-        texts = _named(data, "--data")
-        adapters = _named(adapter or [], "--adapter") or None
+        texts = named(data, "--data")
+        adapters = named(adapter or [], "--adapter") or None
         codec = load_codec(base)
         given = {
             name: lay_out(encode_records(read_records(path), codec), length).arrays for name, path in texts.items()
         }
         model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
-        found = {name: _routing_of(model, arrays, rows, batch_size) for name, arrays in given.items()}
+        step = partial(make_routing_step(model.xlora), model.params)
+        found = {name: _routing_of(step, arrays, rows, batch_size) for name, arrays in given.items()}
         _print(model.expert_names, found)
         if output is not None:
             _write(output, model, found)
@@ -56,27 +61,14 @@ def command(
         raise typer.Exit(1) from error
 
 
-def _named(entries: Sequence[str], option: str) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for entry in entries:
-        name, equals, path = entry.partition("=")
-        if not (name and equals and path):
-            raise ValueError(f"{option}: expected NAME=PATH, got {entry!r}")
-        if name in named:
-            raise ValueError(f"{option}: the name {name!r} is given twice")
-        named[name] = path
-    return named
-
-
-def _routing_of(model: Any, arrays: Mapping[str, Any], rows: int, batch_size: int) -> Any:
+def _routing_of(step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int, batch_size: int) -> Any:
     """The means over a text, as NumPy arrays."""
     import jax
     import numpy as np
 
     from xlora_jax.losses import IGNORED_LABEL
-    from xlora_jax.routing import make_routing_step
 
-    step, total = make_routing_step(model.xlora), None
+    total = None
     count = len(arrays["input_ids"]) if rows == 0 else min(rows, len(arrays["input_ids"]))
     for start in range(0, count, batch_size):
         batch = {}
@@ -85,7 +77,7 @@ def _routing_of(model: Any, arrays: Mapping[str, Any], rows: int, batch_size: in
             # One compiled shape: rows in which nothing is predicted fill the last batch.
             fill = IGNORED_LABEL if name == "labels" else 0
             batch[name] = np.pad(part, ((0, batch_size - len(part)), (0, 0)), constant_values=fill)
-        part = step(model.params, batch)
+        part = step(batch)
         total = part if total is None else total + part
     assert total is not None
     return jax.tree.map(np.asarray, total.mean())
