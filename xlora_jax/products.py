@@ -1,8 +1,9 @@
-"""Products of one row with a matrix, which is what decoding on a CPU consists of.
+"""Products of few rows with a matrix, which is what decoding consists of, in the form that XLA reads matrices fastest in.
 
-XLA's CPU backend computes such a product on one core, which does not read memory as fast as all cores together. As a
-batch of products over parts of the contraction, one for each core, it takes all of them. Everything else is
-``jax.lax.dot_general``.
+On CPUs a product of one row is computed on one core, which does not read memory as fast as all cores together. As a
+batch of products over parts of the contraction, one for each core, it takes all of them. On GPUs a product of one row
+with a matrix of up to ten million elements becomes a multiplication and a sum, which XLA can leave apart: the products
+then go through memory, rounded to the dtype of the operands. Two rows stay a matrix product.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["dot_general", "matmul"]
+__all__ = ["by_head", "dot_general", "matmul"]
 
 # Sizes of a matrix, in elements, for which it pays: below, the parts cost more than they save; above, one core keeps
 # the memory busy.
 _LEAST, _MOST = 2**16, 2**23
 _MOST_PARTS = 8
+# Up to so many rows a sum of products that stay in registers is faster than a product, whose matrix is packed first.
+_MOST_ROWS = 32
 
 
 def dot_general(
@@ -30,14 +33,19 @@ def dot_general(
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """``jax.lax.dot_general``, with the same arguments and results up to the order of summation."""
-    parts = _parts(lhs, rhs, dimension_numbers)
-    if parts == 1:
-        return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
-    depth, width = rhs.shape
-    row = lhs.reshape(parts, depth // parts)
-    matrices = rhs.reshape(parts, depth // parts, width)
-    sums = lax.dot_general(row, matrices, (((1,), (1,)), ((0,), (0,))), precision, preferred_element_type)
-    return sums.sum(axis=0).reshape(*lhs.shape[:-1], width)
+    one_row = rhs.ndim == 2 and lhs.size == rhs.shape[0]
+    contracts_last = tuple(map(tuple, dimension_numbers[0])) == ((lhs.ndim - 1,), (0,))
+    if one_row and contracts_last and lhs.dtype == rhs.dtype:
+        depth, width = rhs.shape
+        if jax.default_backend() == "gpu":
+            rows = jnp.broadcast_to(lhs.reshape(1, depth), (2, depth))
+            out = lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, preferred_element_type)
+            return out[0].reshape(*lhs.shape[:-1], width)
+        if (parts := _parts(rhs)) > 1:
+            row, matrices = lhs.reshape(parts, depth // parts), rhs.reshape(parts, depth // parts, width)
+            out = lax.dot_general(row, matrices, (((1,), (1,)), ((0,), (0,))), precision, preferred_element_type)
+            return out.sum(axis=0).reshape(*lhs.shape[:-1], width)
+    return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
 
 
 def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -46,15 +54,23 @@ def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulate)
 
 
-def _parts(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> int:
-    """Into how many parts to take the contraction; 1 for a plain product."""
-    one_row = rhs.ndim == 2 and lhs.size == rhs.shape[0]
-    contracts_last = tuple(map(tuple, dimension_numbers[0])) == ((lhs.ndim - 1,), (0,))
-    if not (one_row and contracts_last and _LEAST <= rhs.size < _MOST):
-        return 1
-    if jax.default_backend() != "cpu" or lhs.dtype != jnp.float32 or rhs.dtype != jnp.float32:
+def by_head(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Multiply ``rows [B, K, R, D]`` by matrices of their own ``[B, K, D, F]``, such as keys or values of each head.
+
+    Returns:
+        ``[B, K, R, F]``, float32 or wider.
+    """
+    accumulate = jnp.promote_types(matrices.dtype, jnp.float32)
+    if jax.default_backend() != "cpu" or rows.shape[2] > _MOST_ROWS:
+        return jnp.einsum("bkrd,bkdf->bkrf", rows, matrices, preferred_element_type=accumulate)
+    return (rows.astype(accumulate)[..., None] * matrices.astype(accumulate)[:, :, None]).sum(axis=-2)
+
+
+def _parts(matrix: jax.Array) -> int:
+    """Into how many parts to take the contraction of a row with ``matrix``; 1 for a plain product."""
+    if jax.default_backend() != "cpu" or matrix.dtype != jnp.float32 or not _LEAST <= matrix.size < _MOST:
         return 1
     parts = 1
-    while 2 * parts <= min(os.cpu_count() or 1, _MOST_PARTS) and rhs.shape[0] % (2 * parts) == 0:
+    while 2 * parts <= min(os.cpu_count() or 1, _MOST_PARTS) and len(matrix) % (2 * parts) == 0:
         parts *= 2
     return parts

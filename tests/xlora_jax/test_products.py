@@ -1,4 +1,4 @@
-"""Products of one row, taken in parts on a CPU."""
+"""Products of few rows, in the forms that backends read matrices fastest in."""
 
 from __future__ import annotations
 
@@ -41,3 +41,31 @@ def test_an_odd_depth_is_not_divided(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     x, matrix = jnp.ones((1, 513)), jnp.ones((513, 160))
     np.testing.assert_array_equal(products.matmul(x, matrix), jnp.matmul(x, matrix))
+
+
+@pytest.mark.parametrize("shape", [(1, 512), (1, 1, 512), (512,)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_row_stays_a_matrix_product_on_a_gpu(monkeypatch, shape, dtype):
+    draw = np.random.default_rng(0).normal
+    x, matrix = jnp.asarray(draw(size=shape), dtype), jnp.asarray(draw(size=(512, 160)), dtype)
+    plain = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    product = jax.jit(lambda x, matrix: products.matmul(x, matrix))
+    assert f"tensor<2x512x{'bf16' if dtype == jnp.bfloat16 else 'f32'}>" in product.lower(x, matrix).as_text()
+    np.testing.assert_allclose(product(x, matrix), plain, rtol=1e-4, atol=1e-4)
+    gradient = jax.grad(lambda x: (products.matmul(x, matrix) ** 2).sum())(x)
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), 2 * (plain @ matrix.T.astype(jnp.float32)), rtol=2e-2, atol=0.5
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("rows", [1, 6, 32, 33])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_rows_of_each_head(monkeypatch, backend, rows, dtype):
+    draw = np.random.default_rng(0).normal
+    x, keys = jnp.asarray(draw(size=(2, 3, rows, 16)), dtype), jnp.asarray(draw(size=(2, 3, 16, 40)), dtype)
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    ours = products.by_head(x, keys)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, np.asarray(x, np.float64) @ np.asarray(keys, np.float64), rtol=1e-5, atol=1e-5)

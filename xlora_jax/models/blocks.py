@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
+from xlora_jax import products
 from xlora_jax.models.cache import Cache, Place
 from xlora_jax.models.declaration import ACTIVATIONS, NORMS, DecoderConfig
 from xlora_jax.models.rope import apply_rope
@@ -102,8 +103,8 @@ def attend(
 
     Args:
         q: ``[B, T, H, C]``.
-        k: ``[B, S, K, C]``.
-        v: ``[B, S, K, C]``.
+        k: ``[B, K, C, S]``.
+        v: ``[B, K, S, C]``.
         mask: bool ``[B or 1, 1, T, S]``, or None for causal.
         scale: multiplies queries times keys.
         softcap: c in ``c tanh(. / c)`` of the scaled products, or None.
@@ -116,21 +117,22 @@ def attend(
     # in decoding, it is up to three times slower on a CPU: it makes XLA transpose all keys.
     few = q.shape[1] <= _FEW and mask is not None and implementation is None
     if softcap is None and not few and (q.dtype != jnp.float16 or implementation == "cudnn"):
+        k, v = jnp.moveaxis(k, -1, 1), v.swapaxes(1, 2)
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=mask is None, scale=scale, implementation=cast(Any, implementation)
         )
     batch, length, heads, width = q.shape
-    shared = k.shape[2]
+    shared, slots = v.shape[1:3]
     # The queries that share a key-value head are rows of one product.
     rows = q.reshape(batch, length, shared, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, width)
-    logits = jnp.einsum("bkrc,bskc->bkrs", rows, k, preferred_element_type=jnp.float32) * scale
+    logits = products.by_head(rows, k) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if mask is None:
-        mask = (jnp.arange(k.shape[1]) <= jnp.arange(length)[:, None])[None, None]
-    by_head = logits.reshape(batch, shared, -1, length, k.shape[1])
+        mask = (jnp.arange(slots) <= jnp.arange(length)[:, None])[None, None]
+    by_head = logits.reshape(batch, shared, -1, length, slots)
     weights = jax.nn.softmax(jnp.where(mask[:, :, None], by_head, _LOWEST), axis=-1).astype(v.dtype)
-    y = jnp.einsum("bkrs,bskc->bkrc", weights.reshape(logits.shape), v)
+    y = products.by_head(weights.reshape(logits.shape), v).astype(v.dtype)
     return y.reshape(batch, shared, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
@@ -183,7 +185,7 @@ class Attention(_Part):
             assert context.place is not None
             cache, y = cache.attend(layer.index, q, k, v, mask, context.place, attention)
         else:
-            y = attention(q, k, v, mask)
+            y = attention(q, jnp.moveaxis(k, 1, -1), v.swapaxes(1, 2), mask)
             if mask is not None:
                 # Padding can leave a query nothing to attend to. Its result is zero then, as torch's SDPA has it.
                 y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, jnp.zeros_like(y))

@@ -5,6 +5,10 @@ Axes: B batch, T tokens of this call, S slots, H query heads, K key-value heads,
 A row's token at position p stands in slot p. Where a layer slides and its window is shorter than the sequence, it keeps
 a ring instead: slot ``p % S``, with S the window and a chunk of tokens, so that memory does not grow with the sequence.
 Memory per token, row and pass of a layer that does not slide: ``2 * K * C`` times the bytes of the cache's dtype.
+
+The axes stand in the order of attention's products, rows of queries ``[R, C]`` times keys ``[C, S]``, rows of weights
+``[R, S]`` times values ``[S, C]``, for each head: in any other order XLA copies both caches, at every step on CPUs, and
+into and out of every compiled loop on GPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from jax import lax
 
 __all__ = ["Cache", "KVCache", "PairedCache", "Place"]
 
-# From queries [B, T, H, C], keys and values [B, S, K, C] and a mask [B or 1, 1, T, S] to [B, T, H, C].
+# From queries [B, T, H, C], keys [B, K, C, S], values [B, K, S, C] and a mask [B or 1, 1, T, S] to [B, T, H, C].
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
@@ -77,8 +81,8 @@ class KVCache:
     """Keys and values of one pass.
 
     Attributes:
-        k: ``[L, B, S, K, C]`` for scanned blocks, else a tuple of L arrays ``[B, S, K, C]``.
-        v: likewise.
+        k: ``[L, B, K, C, S]`` for scanned blocks, else a tuple of L arrays ``[B, K, C, S]``.
+        v: ``[L, B, K, S, C]`` or ``[B, K, S, C]``.
         rings: for each block, whether its slots are a ring.
     """
 
@@ -100,31 +104,34 @@ class KVCache:
         """Make a cache.
 
         Args:
-            shape: ``(B, S, K, C)``.
+            shape: ``(B, K, S, C)``.
             dtype: of keys and values.
             num_layers: L.
             stacked: whether blocks are scanned. Stacked layers are alike: rings are used if all slide.
             sliding: for each block, whether it slides; empty if none does.
             ring: slots that suffice for a block that slides; None for no rings.
         """
-        batch, capacity, *heads = shape
+        batch, heads, capacity, width = shape
         rings = tuple(ring is not None and ring < capacity and slides for slides in sliding or [False] * num_layers)
+
+        def pair(slots: int | None, *stack: int) -> tuple[jax.Array, jax.Array]:
+            assert slots is not None
+            outer = (*stack, batch, heads)
+            return jnp.zeros((*outer, width, slots), dtype), jnp.zeros((*outer, slots, width), dtype)
+
         if stacked:
             rings = (all(rings),) * num_layers
-            size = ring if rings[0] else capacity
-            whole = (num_layers, batch, size, *heads)
-            return cls(jnp.zeros(whole, dtype), jnp.zeros(whole, dtype), rings)
-        sizes = [ring if is_ring else capacity for is_ring in rings]
-        k, v = (tuple(jnp.zeros((batch, size, *heads), dtype) for size in sizes) for _ in range(2))
+            return cls(*pair(ring if rings[0] else capacity, num_layers), rings)
+        k, v = zip(*(pair(ring if is_ring else capacity) for is_ring in rings), strict=True)
         return cls(k, v, rings)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of a row's slot in all layers that do not keep a ring."""
         if not isinstance(self.k, tuple):
-            return 0 if self.rings[0] else 2 * self.k.nbytes // (self.k.shape[1] * self.k.shape[2])
+            return 0 if self.rings[0] else 2 * self.k.nbytes // (self.k.shape[1] * self.k.shape[-1])
         sizes = zip(self.k, self.rings, strict=True)
-        return sum(2 * k.nbytes // (k.shape[0] * k.shape[1]) for k, ring in sizes if not ring)
+        return sum(2 * k.nbytes // (k.shape[0] * k.shape[-1]) for k, ring in sizes if not ring)
 
     def attend(
         self,
@@ -137,26 +144,27 @@ class KVCache:
         attention: Attention,
     ) -> tuple[KVCache, jax.Array]:
         """See :class:`Cache`."""
-        if isinstance(self.k, tuple):
-            assert isinstance(layer, int)
-            ring = self.rings[layer]
-            keys, values = (_write(slots[layer], new, place, ring) for slots, new in ((self.k, k), (self.v, v)))
-            cache = self.replace(  # type: ignore[attr-defined]
-                k=(*self.k[:layer], keys, *self.k[layer + 1 :]), v=(*self.v[:layer], values, *self.v[layer + 1 :])
-            )
+        stacked = not isinstance(self.k, tuple)
+        whole = (self.k, self.v) if stacked else (self.k[layer], self.v[layer])
+        ring = self.rings[0 if stacked else layer]
+        index = layer if stacked else None
+        keys, values = (
+            _write(slots, new, place, ring, axis, index)
+            for slots, new, axis in zip(whole, (k, v), (-1, -2), strict=True)
+        )
+        if stacked:
+            cache = self.replace(k=keys, v=values)  # type: ignore[attr-defined]
+            keys, values = (lax.dynamic_index_in_dim(slots, layer, keepdims=False) for slots in (keys, values))
         else:
-            new_k, new_v = (
-                _write(slots, new, place, self.rings[0], layer) for slots, new in ((self.k, k), (self.v, v))
-            )
-            cache = self.replace(k=new_k, v=new_v)  # type: ignore[attr-defined]
-            keys, values = (lax.dynamic_index_in_dim(slots, layer, keepdims=False) for slots in (new_k, new_v))
+            own = [(*all_[:layer], one, *all_[layer + 1 :]) for all_, one in ((self.k, keys), (self.v, values))]
+            cache = self.replace(k=own[0], v=own[1])  # type: ignore[attr-defined]
         return cache, attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
 
     def positions(self, place: Place, *, sliding: bool) -> jax.Array:
         """See :class:`Cache`."""
         ring = sliding and any(self.rings)
         k = self.k[self.rings.index(ring) if ring in self.rings else 0] if isinstance(self.k, tuple) else self.k
-        slots = jnp.arange(k.shape[-3])
+        slots = jnp.arange(k.shape[-1])
         if not ring:
             return slots[None]
         # The latest position that falls into each slot.
@@ -200,23 +208,34 @@ class PairedCache:
 
 
 def _write(
-    slots: jax.Array, new: jax.Array, place: Place, ring: bool, layer: int | jax.Array | None = None
+    slots: jax.Array, new: jax.Array, place: Place, ring: bool, axis: int, layer: int | jax.Array | None
 ) -> jax.Array:
-    """Return ``slots`` with ``new [B, T, K, C]`` written at row b from position ``place.start[b]`` on."""
+    """Return ``slots`` with ``new [B, T, K, C]`` written at row b from position ``place.start[b]`` on.
+
+    Args:
+        slots: keys or values, ``[B, K, ...]``, or with a leading axis of layers.
+        new: of the tokens of this call.
+        place: where they belong.
+        ring: whether the slots are one.
+        axis: that of S, -1 or -2.
+        layer: which of the stacked layers; None where they are not.
+    """
     new = new.astype(slots.dtype)
     batch, length = new.shape[:2]
     if batch == 1 and not ring:
-        begin = (0, place.start[0], 0, 0)
+        new = jnp.moveaxis(new, 1, axis)
+        begin = [0] * new.ndim
+        begin[axis] = place.start[0]
         if layer is None:
             return lax.dynamic_update_slice(slots, new, begin)
-        return lax.dynamic_update_slice(slots, new[None], (layer, *begin))
+        return lax.dynamic_update_slice(slots, new[None], [layer, *begin])
     rows = jnp.arange(batch)[:, None]
-    positions = place.start[:, None] + jnp.arange(length)
-    at = slots.at[rows, positions] if layer is None else slots.at[layer, rows, positions]
-    if not ring:
-        return at.set(new, mode="promise_in_bounds", unique_indices=True)
-    # In a ring, padding would overwrite what is still seen: it is dropped, by a slot that does not exist.
-    size = slots.shape[-3]
-    columns = jnp.where(positions <= place.last[:, None], positions % size, size)
-    at = slots.at[rows, columns] if layer is None else slots.at[layer, rows, columns]
-    return at.set(new, mode="drop")
+    columns = place.start[:, None] + jnp.arange(length)
+    if ring:
+        # Padding would overwrite what is still seen: it is dropped, by a slot that does not exist.
+        size = slots.shape[axis]
+        columns = jnp.where(columns <= place.last[:, None], columns % size, size)
+    every = slice(None)
+    index = (rows, every, columns) if axis == -2 else (rows, every, every, columns)
+    at = slots.at[index] if layer is None else slots.at[(layer, *index)]
+    return at.set(new, mode="drop") if ring else at.set(new, mode="promise_in_bounds", unique_indices=True)

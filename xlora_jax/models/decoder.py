@@ -200,7 +200,7 @@ class Decoder(Transformer):
         if cfg.head != "lm":
             raise NotImplementedError(f"this model does not generate: its head, {cfg.head!r}, classifies")
         return KVCache.empty(
-            (batch, capacity, cfg.num_kv_heads, cfg.head_dim),
+            (batch, cfg.num_kv_heads, capacity, cfg.head_dim),
             dtype or self.dtype,
             num_layers=cfg.num_layers,
             stacked=self.scan_layers,
