@@ -1,4 +1,4 @@
-"""Products of few rows with a matrix, which is what decoding consists of, in the form that XLA reads matrices fastest in.
+"""Products of few rows with a matrix, which decoding consists of, in the forms that XLA reads matrices fastest in.
 
 On CPUs a product of one row is computed on one core, which does not read memory as fast as all cores together. As a
 batch of products over parts of the contraction, one for each core, it takes all of them. On GPUs a product of one row

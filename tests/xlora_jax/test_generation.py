@@ -123,7 +123,7 @@ def test_sliding_layers_keep_a_ring(scan: bool, sliding: tuple[bool, ...]) -> No
         np.testing.assert_array_equal(run(ours, prefill_chunk=chunk, draft=draft), wanted)
     cache = ours.module.empty_cache(2, 64, chunk=3)
     ring = not scan or all(sliding)
-    slots = {leaf.shape[-2] for leaf in jax.tree.leaves(cache.v)} | {leaf.shape[-1] for leaf in jax.tree.leaves(cache.k)}
+    slots = {x.shape[-2] for x in jax.tree.leaves(cache.v)} | {x.shape[-1] for x in jax.tree.leaves(cache.k)}
     assert slots == ({8} if all(sliding) else {8, 64} if ring else {64})
 
 

@@ -224,7 +224,7 @@ def _write(
     batch, length = new.shape[:2]
     if batch == 1 and not ring:
         new = jnp.moveaxis(new, 1, axis)
-        begin = [0] * new.ndim
+        begin: list[Any] = [0] * new.ndim
         begin[axis] = place.start[0]
         if layer is None:
             return lax.dynamic_update_slice(slots, new, begin)
