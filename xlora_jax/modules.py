@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 
 from xlora_jax import mixing, products
 
@@ -206,7 +207,9 @@ class XLoraDense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Return ``[..., F]`` for ``inputs [..., D]``; with gates ``[B, T, N]`` the inputs are ``[B, T, D]``."""
         outputs = super().__call__(inputs)
-        return add_experts(self, outputs, project_dense(self, inputs))
+        # Named for rematerialisation: what the backward pass needs is the sum, not its two terms.
+        outputs = add_experts(self, outputs, project_dense(self, inputs))
+        return cast(jax.Array, checkpoint_name(outputs, "projection"))
 
 
 class XLoraTiedHead(nn.Module):

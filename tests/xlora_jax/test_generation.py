@@ -127,6 +127,22 @@ def test_sliding_layers_keep_a_ring(scan: bool, sliding: tuple[bool, ...]) -> No
     assert slots == ({8} if all(sliding) else {8, 64} if ring else {64})
 
 
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+@pytest.mark.parametrize(("scan", "rows"), [(False, 3), (True, 1)])
+def test_what_other_backends_are_given(monkeypatch: Any, backend: str, scan: bool, rows: int) -> None:
+    """The order of the caches' axes and the form of small products; the CPU computes them as well."""
+    # Settings that no other test has: else what was compiled for the CPU would be found.
+    settings = {"layerwise_scalings": True, "softmax_temperature": 0.9 if backend == "gpu" else 0.8}
+    model = make_model(decoder(**SLIDING), **settings)
+    ours = model if scan else model.unstacked()
+    inputs = {name: value[:rows] for name, value in padded().items()}
+    wanted = uncached(model, *inputs.values())
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    assert ours.module.empty_cache(1, 64).keys_as_rows == (backend == "tpu")
+    for draft in (False, "gates", "lookup"):
+        np.testing.assert_array_equal(run(ours, inputs, prefill_chunk=4, draft=draft), wanted)
+
+
 @pytest.mark.parametrize("draft", [False, "gates"])
 def test_prompts_in_chunks(model: XLoraModel, draft: Any) -> None:
     wanted = run(model, draft=draft)

@@ -6,9 +6,10 @@ A row's token at position p stands in slot p. Where a layer slides and its windo
 a ring instead: slot ``p % S``, with S the window and a chunk of tokens, so that memory does not grow with the sequence.
 Memory per token, row and pass of a layer that does not slide: ``2 * K * C`` times the bytes of the cache's dtype.
 
-The axes stand in the order of attention's products, rows of queries ``[R, C]`` times keys ``[C, S]``, rows of weights
-``[R, S]`` times values ``[S, C]``, for each head: in any other order XLA copies both caches, at every step on CPUs, and
-into and out of every compiled loop on GPUs.
+The axes stand in the order of attention's products, for each head: rows of queries ``[R, C]`` times keys ``[C, S]``,
+rows of weights ``[R, S]`` times values ``[S, C]``. In any other order XLA copies both caches: at every step on CPUs,
+into and out of every compiled loop on GPUs. On TPUs it copies keys unless they lie as values do, ``[S, C]``
+(benchmarks/compile_ahead.py shows copies).
 """
 
 from __future__ import annotations
@@ -81,14 +82,16 @@ class KVCache:
     """Keys and values of one pass.
 
     Attributes:
-        k: ``[L, B, K, C, S]`` for scanned blocks, else a tuple of L arrays ``[B, K, C, S]``.
+        k: ``[L, B, K, C, S]`` for scanned blocks, else a tuple of L arrays ``[B, K, C, S]``; on TPUs as ``v``.
         v: ``[L, B, K, S, C]`` or ``[B, K, S, C]``.
         rings: for each block, whether its slots are a ring.
+        keys_as_rows: whether keys lie as values do.
     """
 
     k: Any
     v: Any
     rings: tuple[bool, ...] = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
+    keys_as_rows: bool = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
 
     @classmethod
     def empty(
@@ -112,26 +115,29 @@ class KVCache:
             ring: slots that suffice for a block that slides; None for no rings.
         """
         batch, heads, capacity, width = shape
+        as_rows = jax.default_backend() == "tpu"
         rings = tuple(ring is not None and ring < capacity and slides for slides in sliding or [False] * num_layers)
 
         def pair(slots: int | None, *stack: int) -> tuple[jax.Array, jax.Array]:
             assert slots is not None
-            outer = (*stack, batch, heads)
-            return jnp.zeros((*outer, width, slots), dtype), jnp.zeros((*outer, slots, width), dtype)
+            of_values = slots, width
+            of_keys = of_values if as_rows else (width, slots)
+            k, v = (jnp.zeros((*stack, batch, heads, *last), dtype) for last in (of_keys, of_values))
+            return k, v
 
         if stacked:
             rings = (all(rings),) * num_layers
-            return cls(*pair(ring if rings[0] else capacity, num_layers), rings)
+            return cls(*pair(ring if rings[0] else capacity, num_layers), rings, as_rows)
         k, v = zip(*(pair(ring if is_ring else capacity) for is_ring in rings), strict=True)
-        return cls(k, v, rings)
+        return cls(k, v, rings, as_rows)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of a row's slot in all layers that do not keep a ring."""
         if not isinstance(self.k, tuple):
-            return 0 if self.rings[0] else 2 * self.k.nbytes // (self.k.shape[1] * self.k.shape[-1])
-        sizes = zip(self.k, self.rings, strict=True)
-        return sum(2 * k.nbytes // (k.shape[0] * k.shape[-1]) for k, ring in sizes if not ring)
+            return 0 if self.rings[0] else 2 * self.v.nbytes // (self.v.shape[1] * self.v.shape[-2])
+        sizes = zip(self.v, self.rings, strict=True)
+        return sum(2 * v.nbytes // (v.shape[0] * v.shape[-2]) for v, ring in sizes if not ring)
 
     def attend(
         self,
@@ -150,7 +156,7 @@ class KVCache:
         index = layer if stacked else None
         keys, values = (
             _write(slots, new, place, ring, axis, index)
-            for slots, new, axis in zip(whole, (k, v), (-1, -2), strict=True)
+            for slots, new, axis in zip(whole, (k, v), (-2 if self.keys_as_rows else -1, -2), strict=True)
         )
         if stacked:
             cache = self.replace(k=keys, v=values)  # type: ignore[attr-defined]
@@ -158,13 +164,14 @@ class KVCache:
         else:
             own = [(*all_[:layer], one, *all_[layer + 1 :]) for all_, one in ((self.k, keys), (self.v, values))]
             cache = self.replace(k=own[0], v=own[1])  # type: ignore[attr-defined]
+        keys = keys.swapaxes(-1, -2) if self.keys_as_rows else keys
         return cache, attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
 
     def positions(self, place: Place, *, sliding: bool) -> jax.Array:
         """See :class:`Cache`."""
         ring = sliding and any(self.rings)
-        k = self.k[self.rings.index(ring) if ring in self.rings else 0] if isinstance(self.k, tuple) else self.k
-        slots = jnp.arange(k.shape[-1])
+        v = self.v[self.rings.index(ring) if ring in self.rings else 0] if isinstance(self.v, tuple) else self.v
+        slots = jnp.arange(v.shape[-2])
         if not ring:
             return slots[None]
         # The latest position that falls into each slot.
@@ -220,22 +227,23 @@ def _write(
         axis: that of S, -1 or -2.
         layer: which of the stacked layers; None where they are not.
     """
-    new = new.astype(slots.dtype)
-    batch, length = new.shape[:2]
+    batch, length, heads, _ = new.shape
+    new = jnp.moveaxis(new.astype(slots.dtype), 1, axis)
     if batch == 1 and not ring:
-        new = jnp.moveaxis(new, 1, axis)
         begin: list[Any] = [0] * new.ndim
         begin[axis] = place.start[0]
         if layer is None:
             return lax.dynamic_update_slice(slots, new, begin)
         return lax.dynamic_update_slice(slots, new[None], [layer, *begin])
-    rows = jnp.arange(batch)[:, None]
     columns = place.start[:, None] + jnp.arange(length)
     if ring:
         # Padding would overwrite what is still seen: it is dropped, by a slot that does not exist.
         size = slots.shape[axis]
         columns = jnp.where(columns <= place.last[:, None], columns % size, size)
-    every = slice(None)
-    index = (rows, every, columns) if axis == -2 else (rows, every, every, columns)
+    # One index per row, head and slot, in the order of the axes: what is written lies where it will lie.
+    rows, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    index: tuple[Any, ...] = (rows, head, columns[:, None])
+    if axis == -1:
+        index, new = (rows, head, slice(None), columns[:, None]), new.swapaxes(-1, -2)
     at = slots.at[index] if layer is None else slots.at[(layer, *index)]
     return at.set(new, mode="drop") if ring else at.set(new, mode="promise_in_bounds", unique_indices=True)

@@ -23,7 +23,7 @@ __all__ = ["REMAT_POLICIES", "DecoderOutput", "Transformer"]
 # What the backward pass finds stored of each block; the rest is computed again from the block's input.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,  # nothing but the block's input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "dots": jax.checkpoint_policies.save_only_these_names("projection"),  # products with weights, experts added
     "dots_and_attention": jax.checkpoint_policies.dots_saveable,  # all products
 }
 

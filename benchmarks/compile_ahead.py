@@ -1,0 +1,218 @@
+"""What the compiler makes of decoding and training for an accelerator that is not there: memory, copies, collectives.
+
+    pip install 'jax[tpu]'                                # libtpu compiles without a TPU
+    python benchmarks/compile_ahead.py --tpu v5e:2x2
+    python benchmarks/compile_ahead.py --tpu v5e:2x4 --mesh 1,8,1 --batch 8
+    pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12    # of jax's version
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/compile_ahead.py --gpu h100_sxm.txtpb --attention cudnn
+
+The GPU is described by a file of XLA's, `xla/backends/gpu/target_config/specs/`; fields that the installed version does
+not know have to be deleted from it. Nothing runs, so there are no times here; what shows is
+
+- temporaries: what the program needs in the device's memory beside arguments and results. More than a few activations
+  in a decoding step means that weights or caches are copied;
+- written, on GPUs: bytes of all results of one step of decoding (the loop's body), updates in place not counted. What
+  must be written is a few activations; weights or caches among them are copied for every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import generate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xlora_jax import XLoraModel, decoding, init_train_state, make_train_step
+from xlora_jax.drafting import GUESSES
+from xlora_jax.generation import GenerationConfig
+from xlora_jax.layers import AdaptedLayers, Slot
+from xlora_jax.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
+
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+MODES: dict[str, decoding.Mode] = {
+    "base": decoding.Base(),
+    "plain": decoding.Plain(),
+    "stale gates": decoding.StaleGates(),
+    "lookup": decoding.Lookup(),
+}
+
+
+def abstract_model(shape: str) -> XLoraModel:
+    """A model of that shape in bfloat16, with shapes in place of parameters and blocks side by side."""
+    made: list[XLoraModel] = []
+
+    def make() -> Any:
+        made.append(generate.random_model(shape, jnp.bfloat16))
+        return made[0].params
+
+    params = jax.eval_shape(make)
+    return made[0].replace(params=params)
+
+
+def stacked(model: XLoraModel) -> XLoraModel:
+    """The same with its blocks under ``nn.scan``."""
+    group = model.module.config.groups[0].name
+    count = model.module.config.num_layers
+
+    def stack(tree: Any) -> dict[str, Any]:
+        blocks = [tree[f"layers_{i}"] for i in range(count)]
+        rest = {name: part for name, part in tree.items() if not name.startswith("layers_")}
+        leaf = lambda *x: jax.ShapeDtypeStruct((count, *x[0].shape), x[0].dtype)  # noqa: E731
+        return {**rest, group: jax.tree.map(leaf, *blocks)}
+
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for slot in model.layers.slots:
+        numbers.setdefault((group, *slot.path[1:]), []).append(int(np.asarray(slot.numbers)))
+    slots = tuple(Slot(path, tuple(found)) for path, found in numbers.items())
+    params = {**model.params, **{part: stack(model.params[part]) for part in ("base", "experts")}}
+    return dataclasses.replace(
+        model.replace(params=params),
+        module=model.module.clone(scan_layers=True),
+        layers=AdaptedLayers(model.layers.names, slots),
+    )
+
+
+def written(text: str) -> int:
+    """Bytes that the largest loop body of an optimised HLO module writes, updates in place left out."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found = [0]
+    for head, lines in re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S):
+        if head not in bodies:
+            continue
+        total = 0
+        for name, result, kind in re.findall(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(", lines, re.M):
+            if kind in ("get-tuple-element", "tuple", "bitcast", "parameter", "constant", "while"):
+                continue
+            if any(
+                part in name for part in ("dynamic_update_slice", "dynamic-update-slice", "scatter", "-start", "-done")
+            ):
+                continue
+            sizes = re.findall(r"(\w+)\[([\d,]*)\]", result)
+            total += sum(BYTES.get(dtype, 4) * math.prod(map(int, filter(None, s.split(",")))) for dtype, s in sizes)
+        found.append(total)
+    return max(found)
+
+
+def show(name: str, lowered: Any, *, loop: bool = False) -> None:
+    """Compile and print one line."""
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"  {name:34s} does not fit: {str(error).splitlines()[0][:120]}", flush=True)
+        return
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    line = (
+        f"  {name:34s} arguments {memory.argument_size_in_bytes / 1e9:6.2f} GB   temporaries "
+        f"{memory.temp_size_in_bytes / 1e6:8.1f} MB"
+    )
+    if loop and jax.default_backend() == "gpu":
+        line += f"   written {written(compiled.as_text()) / 1e6:7.1f} MB"
+    print(f"{line}   compiled in {seconds:.0f} s", flush=True)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes with their shardings: a tree of these, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def show_decoding(model: XLoraModel, device: Any, batch: int, context: int) -> None:
+    """Compile a chunk of the prompt, and a step of every mode."""
+    there = NamedSharding(Mesh(np.array([device]), ("x",)), P())
+    settings = GenerationConfig().settings()
+    params = placed(model.params, there)
+    prompts = np.ones((batch, context // 2), np.int32)
+    lengths = np.full(batch, context // 2, np.int32)
+    integers = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    stop, steps = placed(integers, there)
+
+    def start(experts: bool) -> decoding.State:
+        rng, new = jax.random.key(0), context - context // 2 - GUESSES
+        return decoding.start(
+            model.xlora, prompts, lengths, max_new_tokens=new, settings=settings, rng=rng, experts=experts
+        )
+
+    for experts, modes in ((False, ("base",)), (True, ("plain", "stale gates", "lookup"))):
+        state = placed(jax.eval_shape(partial(start, experts)), there)
+        caches = jax.tree.leaves([state.scaling, state.real])
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in caches)
+        print(f" batch {batch}, {context} tokens per row, caches {size / 1e6:.1f} MB")
+        prompt = decoding.prefill.lower(model.xlora, settings, params, state, steps, chunk=512)
+        show(f"512 tokens of a prompt, {modes[0]}", prompt)
+        for name in modes:
+            step = decoding.advance.lower(model.xlora, settings, MODES[name], params, state, stop, steps)
+            show(f"decoding, {name}", step, loop=True)
+
+
+def show_training(model: XLoraModel, devices: Any, options: argparse.Namespace) -> None:
+    """Compile a training step under every policy of rematerialisation."""
+    data, fsdp, tensor = map(int, options.mesh.split(","))
+    mesh = make_mesh(data, fsdp, tensor, devices=devices[: data * fsdp * tensor])
+    optimizer = optax.adamw(1e-3)
+    state, frozen = jax.eval_shape(
+        lambda p: init_train_state(p, model.config, optimizer, dtype=jnp.float32), model.params
+    )
+    states = state_shardings(state, optimizer, mesh)
+    tokens = jax.ShapeDtypeStruct((options.batch, options.tokens), jnp.int32)
+    batch = placed({"input_ids": tokens, "labels": tokens}, batch_sharding(mesh))
+    state, frozen = placed(state, states), placed(frozen, param_shardings(frozen, mesh))
+    print(f" {options.batch} x {options.tokens} tokens, mesh (data, fsdp, tensor) {data}, {fsdp}, {tensor}; per device")
+    for remat in ("full", "dots", None):
+        static = dataclasses.replace(model.xlora, module=model.module.clone(remat=remat, attention=options.attention))
+        step: Any = make_train_step(static, optimizer, mesh=mesh, state_shardings=states)
+        show(f"training, remat {remat}", step.lower(state, frozen, batch))
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--tpu", help="topology, such as v5e:2x4")
+    target.add_argument("--gpu", type=Path, help="file that describes the GPU")
+    parser.add_argument("--shape", choices=generate.SHAPES, default="mistral-7b")
+    parser.add_argument("--context", type=int, default=4096, help="tokens per row while decoding")
+    parser.add_argument("--mesh", default="1,1,1", help="data,fsdp,tensor of the training step")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a training step, all devices together")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--attention", choices=["xla", "cudnn"], help="of the training step")
+    options = parser.parse_args()
+
+    if options.tpu:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        devices: Any = topologies.get_topology_desc(options.tpu, "tpu").devices
+    else:
+        described = options.gpu.read_text(encoding="utf-8")
+        devices = topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=described).devices
+    # Products choose their form by the backend, which here is the target's.
+    backend = "tpu" if options.tpu else "gpu"
+    jax.default_backend = lambda: backend
+    print(
+        f"{options.shape}, bfloat16; for {devices[0].device_kind}; jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    model = abstract_model(options.shape)
+    for batch in (1, 8):
+        show_decoding(model, devices[0], batch, options.context)
+    show_training(stacked(model), devices, options)
+
+
+if __name__ == "__main__":
+    main()
