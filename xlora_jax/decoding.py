@@ -489,7 +489,7 @@ def decode(
     thaw = most if settings.frozen_after is None else np.minimum(first + settings.frozen_after, most)
     chooser = None
     if state.scaling is not None and settings.draft is True:
-        times = PassTimes.of(*_bytes_read(params), jax.default_backend())
+        times = PassTimes.of(*_bytes_read(params), model.module.dtype)
         chooser = None if times is None else Chooser(times, np.array(state.length))
     while True:
         length, done = np.array(state.length), np.array(state.done)

@@ -11,11 +11,18 @@ Axes: B batch, S slots of the token buffer, K guesses.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax import lax
+
+from xlora_jax import products
 
 __all__ = ["GUESSES", "Chooser", "PassTimes", "Way", "look_up"]
 
@@ -27,9 +34,6 @@ Way = Literal["plain", "gates", "lookup"]
 GUESSES = 7
 # Tokens that are compared to find where the text has been before.
 _CONTEXT = 3
-# Time of a pass by its rows, in units of that of one row: (two rows, each further row). A product of few rows does not
-# reach the speed of one row on CPUs; on accelerators a row is free up to the ratio of their arithmetic to their memory.
-_ROWS_ON_CPU, _ROWS = (1.35, 0.055), (1.005, 0.005)
 # Weights up to this size stay in a CPU's cache from token to token: rows cost there, not reads, and nothing pays.
 _CACHED = 64 * 2**20
 # What is taken for granted before anything has been seen: share of stale-gate drafts that are right, and of how many.
@@ -82,11 +86,14 @@ class PassTimes:
     row: float
 
     @classmethod
-    def of(cls, scaling_bytes: int, real_bytes: int, backend: str) -> PassTimes | None:
-        """Make those of a JAX backend, for passes that read so many bytes of weights; None where no draft can pay."""
-        if backend == "cpu" and real_bytes < _CACHED:
+    def of(cls, scaling_bytes: int, real_bytes: int, dtype: jax.typing.DTypeLike) -> PassTimes | None:
+        """Make those of passes that read so many bytes of weights; None where no draft can pay.
+
+        What rows cost is measured on the default device when a process asks first, which takes about a second.
+        """
+        if jax.default_backend() == "cpu" and real_bytes < _CACHED:
             return None
-        return cls(scaling_bytes / real_bytes, *(_ROWS_ON_CPU if backend == "cpu" else _ROWS))
+        return cls(scaling_bytes / real_bytes, *_measured_rows(jnp.dtype(dtype)))
 
     def rows(self, count: int) -> float:
         """Give the factor from one row to ``count``."""
@@ -106,6 +113,39 @@ class PassTimes:
         if way == "gates":
             return self.rows(4 * batch) * (2 - acceptance)
         return self.rows((GUESSES + 1) * batch) * (self.scaling + 1) / advance
+
+
+@cache
+def _measured_rows(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Time products of few rows with matrices that no cache holds: factor of two rows, and of each further one.
+
+    They differ between machines far more than a formula could tell: on one CPU four rows take 1.5 times as long as one,
+    on another twice; in bfloat16, where a CPU spends its time on conversions, hardly longer.
+    """
+    width, repeats = 2048, 4
+    # Rows of ones stay rows of ones.
+    matrices = [jnp.full((width, width), 1 / width, dtype) for _ in range(2**27 // (width**2 * dtype.itemsize))]
+
+    @jax.jit
+    def chain(rows: jax.Array, matrices: list[jax.Array]) -> jax.Array:
+        def all_matrices(_: Any, rows: jax.Array) -> jax.Array:
+            for matrix in matrices:
+                rows = products.matmul(rows, matrix).astype(dtype)
+            return rows
+
+        out: jax.Array = lax.fori_loop(0, repeats, all_matrices, rows)
+        return out
+
+    times: dict[int, list[float]] = {}
+    for _ in range(4):
+        for count in (1, 2, GUESSES + 1):
+            rows = jnp.ones((count, width), dtype)
+            started = time.perf_counter()
+            chain(rows, matrices).block_until_ready()
+            times.setdefault(count, []).append(time.perf_counter() - started)
+    # The first compiles.
+    one, two, most = (min(values[1:]) for values in times.values())
+    return max(two / one, 1.0), max(most - two, 0.0) / one / (GUESSES - 1)
 
 
 @dataclass
@@ -157,8 +197,8 @@ class Chooser:
         """Give the way that is likely to be fastest from here on."""
         seen = {"acceptance": self._accepted / self._checked, "advance": self._tokens / self._steps}
 
-        def time(way: Way) -> float:
+        def expected(way: Way) -> float:
             return self.times.per_token(way, len(self.looked), **seen) / (1 if way == "plain" else _GAIN)
 
         ways: tuple[Way, ...] = ("plain", "gates", "lookup")
-        return min(ways, key=time)
+        return min(ways, key=expected)
