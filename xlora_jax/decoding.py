@@ -32,9 +32,10 @@ slots of the token buffer and of the caches, V for the vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, Protocol, cast
 
 import jax
@@ -45,7 +46,7 @@ from flax import struct
 from jax import lax
 
 from xlora_jax import mixing
-from xlora_jax.drafting import GUESSES, Chooser, PassTimes, look_up
+from xlora_jax.drafting import GUESSES, Chooser, PassTimes, Way, look_up
 from xlora_jax.forward import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
 from xlora_jax.models import KVCache, PairedCache, Place
 from xlora_jax.sampling import Sampler
@@ -489,28 +490,41 @@ def decode(
     thaw = most if settings.frozen_after is None else np.minimum(first + settings.frozen_after, most)
     chooser = None
     if state.scaling is not None and settings.draft is True:
-        times = PassTimes.of(*_bytes_read(params), model.module.dtype)
-        chooser = None if times is None else Chooser(times, np.array(state.length))
+        times = PassTimes.of(*_bytes_read(params), jax.default_backend())
+        if times is not None:
+            chooser = Chooser(times, np.array(state.length), _step_seconds(model, settings, state.tokens.shape))
     while True:
         length, done = np.array(state.length), np.array(state.done)
         if done.all():
             return
         stop, limit = most, None
+        way: Way | None = None
         if state.scaling is None:
             mode = Base()
         elif (done | (length >= thaw)).all():
             mode = Frozen()
         elif chooser is not None:
             chooser.see(np.array(state.tokens), length, int(state.checked.sum()), int(state.accepted.sum()))
-            mode = _MODES[chooser.choose()]
-            limit = _LOOKUP_STEPS if isinstance(mode, Lookup) else _STEPS
+            way = chooser.choose()
+            mode = _MODES[way]
+            limit = _LOOKUP_STEPS if way == "lookup" else _STEPS
         else:
             stop = thaw
             mode = _MODES[settings.draft if isinstance(settings.draft, str) else "plain"]
         if not isinstance(mode, StaleGates):
             state = _replace(state, pending=jnp.zeros_like(state.pending))
+        reads, started = np.array(state.reads), time.perf_counter()
         state = run(state, mode, stop, limit)
+        if chooser is not None and way is not None:
+            steps_made = (np.array(state.reads) - reads).max() / (1 if way == "gates" else 2)
+            chooser.timed(way, (time.perf_counter() - started) / steps_made)
         yield state
+
+
+@lru_cache(maxsize=64)
+def _step_seconds(model: XLora, settings: Settings, shape: tuple[int, ...]) -> dict[Way, float]:
+    """Where times of steps are kept from one generation to the next: by what steps are compiled for."""
+    return {}
 
 
 def new_tokens(state: State, first: Ints) -> list[Ints]:

@@ -2,27 +2,21 @@
 
 Decoding a token costs the time of its passes, and the time of a pass is mostly that of reading the weights: it grows
 little with the number of rows. Each way to make tokens (see :mod:`xlora_jax.decoding`) reads the weights another
-number of times per token and runs another number of rows, so their times can be told beforehand from two things that
-show while decoding: how many stale-gate drafts are right, and how far the text repeats itself. The second can be told
-without running a single draft: it is a property of the tokens that are there.
+number of times per token and runs another number of rows. Which is fastest can be told from the time of its step, known
+once it has been timed and estimated before, and from two things that show while decoding: how many stale-gate drafts
+are right, and how far the text repeats itself. The last shows without running a draft: it is in the tokens.
 
 Axes: B batch, S slots of the token buffer, K guesses.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax import lax
-
-from xlora_jax import products
 
 __all__ = ["GUESSES", "Chooser", "PassTimes", "Way", "look_up"]
 
@@ -34,6 +28,10 @@ Way = Literal["plain", "gates", "lookup"]
 GUESSES = 7
 # Tokens that are compared to find where the text has been before.
 _CONTEXT = 3
+# Time of a pass by its rows, in units of that of one row: (two rows, each further row); taken for granted until a step
+# has been timed. On CPUs a product of few rows does not reach the speed of one row: this is the best CPU seen. On
+# accelerators a row is free up to the ratio of their arithmetic to their memory.
+_ROWS_ON_CPU, _ROWS = (1.35, 0.055), (1.005, 0.005)
 # Weights up to this size stay in a CPU's cache from token to token: rows cost there, not reads, and nothing pays.
 _CACHED = 64 * 2**20
 # What is taken for granted before anything has been seen: share of stale-gate drafts that are right, and of how many.
@@ -86,66 +84,21 @@ class PassTimes:
     row: float
 
     @classmethod
-    def of(cls, scaling_bytes: int, real_bytes: int, dtype: jax.typing.DTypeLike) -> PassTimes | None:
-        """Make those of passes that read so many bytes of weights; None where no draft can pay.
-
-        What rows cost is measured on the default device when a process asks first, which takes about a second.
-        """
-        if jax.default_backend() == "cpu" and real_bytes < _CACHED:
+    def of(cls, scaling_bytes: int, real_bytes: int, backend: str) -> PassTimes | None:
+        """Make those of a JAX backend, for passes that read so many bytes of weights; None where no draft can pay."""
+        if backend == "cpu" and real_bytes < _CACHED:
             return None
-        return cls(scaling_bytes / real_bytes, *_measured_rows(jnp.dtype(dtype)))
+        return cls(scaling_bytes / real_bytes, *(_ROWS_ON_CPU if backend == "cpu" else _ROWS))
 
     def rows(self, count: int) -> float:
         """Give the factor from one row to ``count``."""
         return 1.0 if count == 1 else self.two_rows + self.row * (count - 2)
 
-    def per_token(self, way: Way, batch: int, *, acceptance: float, advance: float) -> float:
-        """Give the time per token of a row.
-
-        Args:
-            way: how to decode.
-            batch: B.
-            acceptance: share of stale-gate drafts that are right.
-            advance: tokens that a step of ``lookup`` makes.
-        """
-        if way == "plain":
-            return self.rows(batch) * (self.scaling + 1)
+    def step(self, way: Way, batch: int) -> float:
+        """Give the time of one step with ``batch`` rows of text."""
         if way == "gates":
-            return self.rows(4 * batch) * (2 - acceptance)
-        return self.rows((GUESSES + 1) * batch) * (self.scaling + 1) / advance
-
-
-@cache
-def _measured_rows(dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Time products of few rows with matrices that no cache holds: factor of two rows, and of each further one.
-
-    They differ between machines far more than a formula could tell: on one CPU four rows take 1.5 times as long as one,
-    on another twice; in bfloat16, where a CPU spends its time on conversions, hardly longer.
-    """
-    width, repeats = 2048, 4
-    # Rows of ones stay rows of ones.
-    matrices = [jnp.full((width, width), 1 / width, dtype) for _ in range(2**27 // (width**2 * dtype.itemsize))]
-
-    @jax.jit
-    def chain(rows: jax.Array, matrices: list[jax.Array]) -> jax.Array:
-        def all_matrices(_: Any, rows: jax.Array) -> jax.Array:
-            for matrix in matrices:
-                rows = products.matmul(rows, matrix).astype(dtype)
-            return rows
-
-        out: jax.Array = lax.fori_loop(0, repeats, all_matrices, rows)
-        return out
-
-    times: dict[int, list[float]] = {}
-    for _ in range(4):
-        for count in (1, 2, GUESSES + 1):
-            rows = jnp.ones((count, width), dtype)
-            started = time.perf_counter()
-            chain(rows, matrices).block_until_ready()
-            times.setdefault(count, []).append(time.perf_counter() - started)
-    # The first compiles.
-    one, two, most = (min(values[1:]) for values in times.values())
-    return max(two / one, 1.0), max(most - two, 0.0) / one / (GUESSES - 1)
+            return self.rows(4 * batch)
+        return self.rows(batch if way == "plain" else (GUESSES + 1) * batch) * (self.scaling + 1)
 
 
 @dataclass
@@ -153,12 +106,15 @@ class Chooser:
     """Chooses the way to decode from what has been seen of this text; one for each generation.
 
     Attributes:
-        times: of the passes.
+        times: of the passes, as far as they can be told without running them.
         looked: int32 ``[B]``, how far each row's text has been looked at: tokens.
+        seconds: shortest time of a step seen, of each way that has been timed; infinite where the way has run once, and
+            was compiled then. Outlives this object where more such generations follow.
     """
 
     times: PassTimes
     looked: Ints
+    seconds: dict[Way, float] = field(default_factory=dict)
     _checked: float = field(default=_SEEN, init=False)
     _accepted: float = field(default=_SEEN * _ACCEPTANCE, init=False)
     _steps: float = field(default=1.0, init=False)
@@ -193,12 +149,22 @@ class Chooser:
         if steps:
             self._steps, self._tokens = _MEMORY * self._steps + steps, _MEMORY * self._tokens + made
 
+    def timed(self, way: Way, seconds: float) -> None:
+        """Take in what a step of a way took, on average over a call."""
+        self.seconds[way] = min(seconds, self.seconds[way]) if way in self.seconds else math.inf
+
     def choose(self) -> Way:
         """Give the way that is likely to be fastest from here on."""
-        seen = {"acceptance": self._accepted / self._checked, "advance": self._tokens / self._steps}
+        batch = len(self.looked)
+        timed = {way: seconds for way, seconds in self.seconds.items() if seconds < math.inf}
+        # What one unit of time is, by the ways that were timed, the plain one first.
+        known = "plain" if "plain" in timed else next(iter(timed), None)
+        unit = 1.0 if known is None else timed[known] / self.times.step(known, batch)
+        tokens = {"plain": 1.0, "gates": 1 / (2 - self._accepted / self._checked), "lookup": self._tokens / self._steps}
 
         def expected(way: Way) -> float:
-            return self.times.per_token(way, len(self.looked), **seen) / (1 if way == "plain" else _GAIN)
+            step = timed.get(way, unit * self.times.step(way, batch))
+            return step / tokens[way] / (1 if way == "plain" else _GAIN)
 
         ways: tuple[Way, ...] = ("plain", "gates", "lookup")
         return min(ways, key=expected)

@@ -3,7 +3,8 @@
 On CPUs a product of one row is computed on one core, which does not read memory as fast as all cores together. As a
 batch of products over parts of the contraction, one for each core, it takes all of them. On GPUs a product of one row
 with a matrix of up to ten million elements becomes a multiplication and a sum, which XLA can leave apart: the products
-then go through memory, rounded to the dtype of the operands. Two rows stay a matrix product.
+then go through memory, rounded to the dtype of the operands. Two rows stay a matrix product. So they do in bfloat16 on
+CPUs, where for one row the whole matrix is converted to float32 first.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ def dot_general(
     contracts_last = tuple(map(tuple, dimension_numbers[0])) == ((lhs.ndim - 1,), (0,))
     if one_row and contracts_last and lhs.dtype == rhs.dtype:
         depth, width = rhs.shape
-        if jax.default_backend() == "gpu":
+        backend = jax.default_backend()
+        if backend == "gpu" or (backend == "cpu" and rhs.dtype == jnp.bfloat16):
             rows = jnp.broadcast_to(lhs.reshape(1, depth), (2, depth))
-            out = lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, preferred_element_type)
-            return out[0].reshape(*lhs.shape[:-1], width)
+            accumulate = jnp.promote_types(rhs.dtype, jnp.float32)
+            out = lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, accumulate)[0]
+            return out.astype(preferred_element_type or rhs.dtype).reshape(*lhs.shape[:-1], width)
         if (parts := _parts(rhs)) > 1:
             row, matrices = lhs.reshape(parts, depth // parts), rhs.reshape(parts, depth // parts, width)
             out = lax.dot_general(row, matrices, (((1,), (1,)), ((0,), (0,))), precision, preferred_element_type)

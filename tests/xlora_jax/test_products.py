@@ -44,12 +44,12 @@ def test_an_odd_depth_is_not_divided(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(1, 512), (1, 1, 512), (512,)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_a_row_stays_a_matrix_product_on_a_gpu(monkeypatch, shape, dtype):
+@pytest.mark.parametrize(("backend", "dtype"), [("gpu", jnp.bfloat16), ("gpu", jnp.float32), ("cpu", jnp.bfloat16)])
+def test_a_row_stays_a_matrix_product(monkeypatch, shape, backend, dtype):
     draw = np.random.default_rng(0).normal
     x, matrix = jnp.asarray(draw(size=shape), dtype), jnp.asarray(draw(size=(512, 160)), dtype)
     plain = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
     product = jax.jit(lambda x, matrix: products.matmul(x, matrix))
     assert f"tensor<2x512x{'bf16' if dtype == jnp.bfloat16 else 'f32'}>" in product.lower(x, matrix).as_text()
     np.testing.assert_allclose(product(x, matrix), plain, rtol=1e-4, atol=1e-4)
