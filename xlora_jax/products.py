@@ -22,7 +22,8 @@ __all__ = ["by_head", "dot_general", "matmul"]
 # the memory busy.
 _LEAST, _MOST = 2**16, 2**23
 _MOST_PARTS = 8
-# Up to so many rows a sum of products that stay in registers is faster than a product, whose matrix is packed first.
+# Few rows. On a CPU a sum of products that stay in registers is faster for them than a product, whose matrix is packed
+# first.
 _MOST_ROWS = 32
 
 
@@ -41,8 +42,9 @@ def dot_general(
         backend = jax.default_backend()
         if backend == "gpu" or (backend == "cpu" and rhs.dtype == jnp.bfloat16):
             rows = jnp.broadcast_to(lhs.reshape(1, depth), (2, depth))
-            accumulate = jnp.promote_types(rhs.dtype, jnp.float32)
-            out = lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, accumulate)[0]
+            # A CPU's product in bfloat16 gives float32.
+            result = jnp.float32 if backend == "cpu" else preferred_element_type
+            out = lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, result)[0]
             return out.astype(preferred_element_type or rhs.dtype).reshape(*lhs.shape[:-1], width)
         if (parts := _parts(rhs)) > 1:
             row, matrices = lhs.reshape(parts, depth // parts), rhs.reshape(parts, depth // parts, width)
@@ -54,6 +56,10 @@ def dot_general(
 def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply ``x [..., D]`` by ``matrix [D, F]`` of the same dtype; accumulates, and returns, float32 or wider."""
     accumulate = jnp.promote_types(matrix.dtype, jnp.float32)
+    if jax.default_backend() == "gpu" and x.size <= _MOST_ROWS * x.shape[-1]:
+        # XLA makes products of one input one product, here those of a layer and of its experts, and copies their
+        # matrices side by side for it: at every step of decoding. Behind a barrier it is another input.
+        x = lax.optimization_barrier(x)
     return dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulate)
 
 
