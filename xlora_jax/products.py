@@ -58,8 +58,8 @@ def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
     accumulate = jnp.promote_types(matrix.dtype, jnp.float32)
     if jax.default_backend() == "gpu" and x.size <= _MOST_ROWS * x.shape[-1]:
         # XLA makes products of one input one product, here those of a layer and of its experts, and copies their
-        # matrices side by side for it: at every step of decoding. Behind a barrier it is another input.
-        x = lax.optimization_barrier(x)
+        # matrices side by side for it: at every step of decoding. Behind a barrier each has an input of its own.
+        x, matrix = lax.optimization_barrier((x, matrix))
     return dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulate)
 
 
