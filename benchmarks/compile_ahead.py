@@ -35,18 +35,22 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xlora_jax import XLoraModel, decoding, init_train_state, make_train_step
-from xlora_jax.drafting import GUESSES
-from xlora_jax.generation import GenerationConfig
-from xlora_jax.layers import AdaptedLayers, Slot
+from xlora_jax import XLoraModel, init_train_state, make_train_step
+from xlora_jax.generation import decoding
+from xlora_jax.generation.drafting import GUESSES
+from xlora_jax.generation.generate import GenerationConfig
+from xlora_jax.generation.state import State
+from xlora_jax.generation.state import start as start_state
+from xlora_jax.generation.steps import Base, Lookup, Mode, Plain, StaleGates
+from xlora_jax.layers.adapted import AdaptedLayers, Slot
 from xlora_jax.sharding import batch_sharding, make_mesh, param_shardings, state_shardings
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
-MODES: dict[str, decoding.Mode] = {
-    "base": decoding.Base(),
-    "plain": decoding.Plain(),
-    "stale gates": decoding.StaleGates(),
-    "lookup": decoding.Lookup(),
+MODES: dict[str, Mode] = {
+    "base": Base(),
+    "plain": Plain(),
+    "stale gates": StaleGates(),
+    "lookup": Lookup(),
 }
 
 
@@ -142,9 +146,9 @@ def show_decoding(model: XLoraModel, device: Any, batch: int, context: int) -> N
     integers = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     stop, steps = placed(integers, there)
 
-    def start(experts: bool) -> decoding.State:
+    def start(experts: bool) -> State:
         rng, new = jax.random.key(0), context - context // 2 - GUESSES
-        return decoding.start(
+        return start_state(
             model.xlora, prompts, lengths, max_new_tokens=new, settings=settings, rng=rng, experts=experts
         )
 

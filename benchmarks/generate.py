@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlora_jax import BaseModel, XLora, XLoraConfig, XLoraModel
-from xlora_jax.layers import AdaptedLayers, Slot
+from xlora_jax.layers.adapted import AdaptedLayers, Slot
 from xlora_jax.models import Decoder, DecoderConfig, Rope
 
 # vocabulary, width, feed-forward, layers, heads, kv heads, adapted projections, experts, rank

@@ -23,9 +23,9 @@ from rich.console import Console
 
 from interop import classifier_from_torch, load_base, load_xlora
 from xlora_jax import BaseModel, XLoraConfig, XLoraModel, init_train_state, make_train_step
-from xlora_jax.data import Rows
-from xlora_jax.trainer import evaluate
-from xlora_jax.training import make_eval_step
+from xlora_jax.training.data import Rows
+from xlora_jax.training.evaluation import evaluate
+from xlora_jax.training.step import make_eval_step
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -199,13 +199,13 @@ def our_side(
     import optax
 
     from interop import load_xlora
-    from interop.base import BaseOrigin
-    from interop.families import decoder_config, family_of
-    from interop.files import read_json
+    from interop.hf.base import BaseOrigin
+    from interop.hf.families.registry import decoder_config, family_of
+    from interop.storage.files import read_json
     from xlora_jax import BaseModel, XLoraConfig, init_train_state, make_train_step
-    from xlora_jax.metrics import peak_memory
     from xlora_jax.models import Decoder
-    from xlora_jax.training import make_scaling_step
+    from xlora_jax.training.metrics import peak_memory
+    from xlora_jax.training.step import make_scaling_step
 
     jax.config.update("jax_default_matmul_precision", "highest" if shape.dtype == "float32" else "default")
     base: Any = directory / "base"

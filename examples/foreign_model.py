@@ -18,10 +18,10 @@ import optax
 from flax import linen as nn
 
 from xlora_jax import XLoraConfig, causal_lm_loss, forward, init_train_state, merge_params
-from xlora_jax.convert import Lora, convert, find_layers
-from xlora_jax.forward import XLoraOutput
+from xlora_jax.conversion.linen import Lora, convert, find_layers
 from xlora_jax.model import XLoraModel
-from xlora_jax.objectives import make_objective_step
+from xlora_jax.passes import XLoraOutput
+from xlora_jax.training.classification import make_objective_step
 
 VOCAB, WIDTH, HEADS, BLOCKS, LENGTH = 29, 32, 4, 2, 16
 

@@ -12,10 +12,11 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from interop import load_xlora, save_xlora
-from interop.codec import codec_of
-from xlora_jax.data import Rows, encode_records, lay_out, read_records
-from xlora_jax.routing import make_routing_step
-from xlora_jax.trainer import TrainConfig, train
+from interop.hf.tokenizer import codec_of
+from xlora_jax.training.config import TrainConfig
+from xlora_jax.training.data import Rows, encode_records, lay_out, read_records
+from xlora_jax.training.routing import make_routing_step
+from xlora_jax.training.trainer import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("base")

@@ -3,12 +3,13 @@
 torch is optional here: it is needed for `.bin` pickles and for handing over a live `torch.nn.Module` only.
 """
 
-from interop.base import load_base, save_base
-from interop.checkpoint import classifier_from_torch, classifier_to_torch, repoint
-from interop.errors import FormatError
-from interop.generation import load_generation_config
-from interop.lora import LoraAdapter, LoraLayer, load_lora, save_lora
+from interop.checkpoint.classifier import classifier_from_torch, classifier_to_torch
+from interop.checkpoint.places import repoint
+from interop.hf.base import load_base, save_base
+from interop.hf.generation_config import load_generation_config
 from interop.model import load_xlora, save_xlora
+from interop.peft.adapter import LoraAdapter, LoraLayer, load_lora, save_lora
+from interop.storage.errors import FormatError
 
 __all__ = [
     "FormatError",

@@ -13,14 +13,15 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.base import BaseOrigin, Place, put_on_default_device
-from interop.errors import FormatError
-from interop.families import ADAPTABLE, LEAVES, Placed, abstract_params
-from interop.lora import LoraAdapter, LoraLayer, renamed
+from interop.hf.base import BaseOrigin, Place, put_on_default_device
+from interop.hf.families.table import ADAPTABLE, LEAVES, Placed, abstract_params
+from interop.peft.adapter import LoraAdapter, LoraLayer
+from interop.peft.names import renamed
+from interop.storage.errors import FormatError
 from xlora_jax import BaseModel
-from xlora_jax.layers import ABSENT, AdaptedLayers
+from xlora_jax.layers.adapted import ABSENT, AdaptedLayers
+from xlora_jax.layers.stacking import Piece, stack_pieces
 from xlora_jax.models import Transformer
-from xlora_jax.stacking import Piece, stack_pieces
 from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["fit_adapters", "stack_experts", "unstack_experts"]

@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.base import open_base
-from interop.base_config import CONFIG_FILE as BASE_CONFIG_FILE
-from interop.checkpoint import XLORA_CONFIG_FILE, XLoraCheckpoint, read_xlora
-from interop.errors import FormatError, listed
+from interop.checkpoint.layouts import XLORA_CONFIG_FILE, XLoraCheckpoint
+from interop.checkpoint.read import read_xlora
 from interop.experts import fit_adapters
-from interop.families import ADAPTABLE
-from interop.files import file_in, read_json
-from interop.heads import Head
-from interop.hub import resolve
-from interop.lora import CONFIG_FILE, LoraAdapter, load_lora
+from interop.hf.base import open_base
+from interop.hf.config import CONFIG_FILE as BASE_CONFIG_FILE
+from interop.hf.families.table import ADAPTABLE
 from interop.model import experts_of, open_xlora
-from interop.tensors import open_tensors
+from interop.peft.adapter import LoraAdapter, load_lora
+from interop.peft.config import CONFIG_FILE
+from interop.peft.heads import head_of
+from interop.storage.errors import FormatError, listed
+from interop.storage.files import file_in, read_json
+from interop.storage.hub import resolve
+from interop.storage.tensors import open_tensors
 from xlora_jax.trees import flatten
 
 __all__ = ["Inspection", "inspect_path"]
@@ -159,7 +161,7 @@ def _look_at_adapter(found: Inspection, base: str | None) -> None:
     found.facts |= {name: str(value) for name, value in extras.items() if value is not None}
     _say_head(found, adapter.head)
     if base is not None:
-        fitted = fit_adapters((adapter,), open_base(base, head=Head.of(adapter)))
+        fitted = fit_adapters((adapter,), open_base(base, head=head_of(adapter)))
         found.facts[_FITS] = f"yes, {len(fitted[0].layers)} of its layers ({base})"
 
 

@@ -14,15 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.base import Place, head_tensors, leave_in_memory, load_base, open_base, put_on_default_device
-from interop.checkpoint import XLoraCheckpoint, read_xlora, write_xlora
-from interop.errors import FormatError
+from interop.checkpoint.layouts import XLoraCheckpoint
+from interop.checkpoint.read import read_xlora
+from interop.checkpoint.write import write_xlora
 from interop.experts import fit_adapters, stack_experts, unstack_experts
-from interop.heads import Head, choose_head
-from interop.hub import resolve
-from interop.lora import LoraAdapter, load_lora
+from interop.hf.base import Place, head_tensors, leave_in_memory, load_base, open_base, put_on_default_device
+from interop.hf.head import Head
+from interop.peft.adapter import LoraAdapter, load_lora
+from interop.peft.heads import choose_head
+from interop.storage.errors import FormatError
+from interop.storage.hub import resolve
 from xlora_jax import BaseModel, XLoraConfig, XLoraModel
-from xlora_jax.layers import AdaptedLayers
+from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.trees import flatten, unflatten
 
 __all__ = ["XLoraOrigin", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
@@ -92,7 +95,7 @@ def load_xlora(
         if brought is not None and not brought.equals(base.origin.head):
             raise ValueError(
                 f"the base model given has not the classification head that {brought.owner} brings; give its directory "
-                f"or hub id instead, or load it with load_base(..., head=choose_head(adapters)) of interop.heads"
+                f"or hub id instead, or load it with load_base(..., head=choose_head(adapters)) of interop.peft.heads"
             )
         return base
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import reference
+from tests.helpers import reference
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

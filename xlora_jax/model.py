@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from xlora_jax.config import XLoraConfig
-from xlora_jax.decoding import Ints
-from xlora_jax.forward import Params, XLora, XLoraOutput, forward
-from xlora_jax.generation import GenerationConfig, GenerationStats, generate, stream
-from xlora_jax.layers import AdaptedLayers
+from xlora_jax.generation.generate import GenerationConfig, GenerationStats, generate, stream
+from xlora_jax.generation.state import Ints
+from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.models import BaseModule, Decoder, DecoderOutput
+from xlora_jax.passes import Params, XLora, XLoraOutput, forward
 from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["BaseModel", "XLoraModel"]
@@ -102,7 +102,7 @@ class XLoraModel:
 
     The setters change the handle that they are called on, by giving it a new frozen ``config``; parameters are never
     changed in place. Everything below the handle is pure: ``model.xlora`` with ``model.params`` is what the functions
-    of :mod:`xlora_jax.forward`, :mod:`xlora_jax.generation` and :mod:`xlora_jax.training` take.
+    of :mod:`xlora_jax.passes`, :mod:`xlora_jax.generation.generate` and :mod:`xlora_jax.training.step` take.
 
     Attributes:
         module: the base model, a Flax module.
@@ -194,7 +194,7 @@ class XLoraModel:
         Args:
             input_ids: int ``[B, T]``, NumPy or JAX; prompts of different length are padded, usually on the left.
             attention_mask: ``[B, T]``, zero at padding; None where there is none.
-            config: what is asked for; default :class:`~xlora_jax.generation.GenerationConfig`.
+            config: what is asked for; default :class:`~xlora_jax.generation.generate.GenerationConfig`.
             **options: fields of ``config`` to be changed: ``max_new_tokens=48, do_sample=True, top_p=0.9, seed=1``.
 
         Returns:

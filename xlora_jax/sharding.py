@@ -200,7 +200,7 @@ def placer(mesh: Mesh, rules: Rules = RULES) -> Callable[[Path, Any], jax.Array]
 def state_shardings(
     abstract_state: Any, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules = RULES
 ) -> Any:
-    """Shardings of a :class:`~xlora_jax.training.TrainState`: moments lie where their parameters lie.
+    """Shardings of a :class:`~xlora_jax.training.step.TrainState`: moments lie where their parameters lie.
 
     Args:
         abstract_state: a state, or its shapes.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ours import our_xlora
-from tests.reference import FAMILIES, peft_generate, peft_xlora, prompt, tensors, torch_base
+from tests.helpers.ours import our_xlora
+from tests.helpers.reference import FAMILIES, peft_generate, peft_xlora, prompt, tensors, torch_base
 
 NEW = 48
 CONFIGS = {

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from interop import FormatError, load_base, load_lora, load_xlora
-from tests import reference
-from tests.interop.small import small_model
-from tests.interop.test_tensors import RunsCode
+from tests.helpers import reference
+from tests.helpers.pickles import RunsCode
+from tests.helpers.small_checkpoints import small_model
 from xlora_jax import XLoraConfig
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -240,7 +240,7 @@ class TestCheckpoints:
             load_xlora(base("llama"), adapters={"math": lora}, config=config)
 
     def test_experts_that_are_gone(self, base, tmp_path):
-        from interop.checkpoint import write_xlora
+        from interop.checkpoint.write import write_xlora
 
         write_xlora(tmp_path / "x", layout="peft", **small_model(1, False))
         shutil.rmtree(tmp_path / "x" / "experts")
@@ -248,7 +248,7 @@ class TestCheckpoints:
             load_xlora(base("llama"), checkpoint=tmp_path / "x")
 
     def test_of_another_base(self, base, lora, tmp_path):
-        from interop.checkpoint import write_xlora
+        from interop.checkpoint.write import write_xlora
 
         write_xlora(tmp_path / "x", layout="peft", **small_model(1, False, names=("math",)))
         with pytest.raises(ValueError, match=r"hidden_size is 5, but the base model's hidden size is 48"):
@@ -256,7 +256,7 @@ class TestCheckpoints:
 
     def test_of_other_experts(self, base, lora, tmp_path):
         """A layerwise classifier for another number of adapted layers."""
-        from interop.checkpoint import write_xlora
+        from interop.checkpoint.write import write_xlora
 
         model = small_model(1, True, names=("math",))
         model["config"] = XLoraConfig(hidden_size=48, adapters={}, layerwise_scalings=True)

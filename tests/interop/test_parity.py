@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from interop import classifier_from_torch, classifier_to_torch
-from tests.ours import our_xlora
-from tests.reference import (
+from tests.helpers.ours import our_xlora
+from tests.helpers.reference import (
     FAMILIES,
     HIDDEN,
     Expert,

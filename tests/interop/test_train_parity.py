@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from interop import classifier_from_torch
-from tests.ours import our_xlora
-from tests.reference import FAMILIES, classifier_of, peft_xlora, prompt, relative_error, tensors
-from xlora_jax import causal_lm_loss, forward, init_train_state, make_train_step, merge_params, split_params
+from tests.helpers.ours import our_xlora
+from tests.helpers.reference import FAMILIES, classifier_of, peft_xlora, prompt, relative_error, tensors
+from xlora_jax import causal_lm_loss, init_train_state, make_train_step, merge_params, split_params
+from xlora_jax.passes import forward
 
 TOLERANCE = 1e-4
 

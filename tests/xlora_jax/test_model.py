@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.xlora_jax.small import N, decoder, make_model, tokens
+from tests.helpers.small_arrays import N, decoder, make_model, tokens
 from xlora_jax import BaseModel
 
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.synthetic import synthetic
+from tests.helpers.synthetic import synthetic
 from xlora_jax.sharding import RULES, check_rules, make_mesh, param_shardings, spec_of
 
-SCRIPT = Path(__file__).parent / "sharded_training.py"
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "helpers" / "sharded_training.py"
 
 
 def test_rules_cover_a_model_and_split_most_of_it():

@@ -40,9 +40,9 @@ def command(
     Weights are written as they are stored, bit for bit. What a layout can't express is refused, and nothing is written.
     """
     from interop import save_xlora
-    from interop.checkpoint import read_xlora
-    from interop.hub import resolve
+    from interop.checkpoint.read import read_xlora
     from interop.model import open_xlora
+    from interop.storage.hub import resolve
 
     adapters = dict(text.partition("=")[::2] for text in adapter or ())
     if len(adapters) < len(adapter or ()) or not all(name and place for name, place in adapters.items()):

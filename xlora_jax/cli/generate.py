@@ -66,9 +66,9 @@ def command(
     from transformers import AutoTokenizer
 
     from interop import FormatError, load_base, load_xlora
-    from interop.generation import load_generation_config
-    from interop.hub import resolve
-    from xlora_jax.text import StopStrings, TextStream
+    from interop.hf.generation_config import load_generation_config
+    from interop.storage.hub import resolve
+    from xlora_jax.generation.text import StopStrings, TextStream
 
     try:
         texts = _read_prompts(prompt, prompts)

@@ -37,9 +37,9 @@ def command(
     where all have the same.
     """
     from interop import load_xlora
-    from interop.codec import load_codec
-    from xlora_jax.data import encode_records, lay_out, read_records
-    from xlora_jax.routing import make_routing_step
+    from interop.hf.tokenizer import load_codec
+    from xlora_jax.training.data import encode_records, lay_out, read_records
+    from xlora_jax.training.routing import make_routing_step
 
     try:
         if output is not None and importlib.util.find_spec("matplotlib") is None:
@@ -66,7 +66,7 @@ def _routing_of(step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int
     import jax
     import numpy as np
 
-    from xlora_jax.losses import IGNORED_LABEL
+    from xlora_jax.training.losses import IGNORED_LABEL
 
     total = None
     count = len(arrays["input_ids"]) if rows == 0 else min(rows, len(arrays["input_ids"]))

@@ -2,142 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import typer
 
-from xlora_jax import XLoraConfig
-from xlora_jax.checkpoints import CheckpointError
-from xlora_jax.data import Rows, encode_records, lay_out, read_records
-from xlora_jax.trainer import NonFiniteError, TrainConfig, TrainResult, mesh_of, train
+from xlora_jax.job import Job, run_training
+from xlora_jax.training.checkpoints import CheckpointError
+from xlora_jax.training.config import TrainConfig
+from xlora_jax.training.trainer import NonFiniteError
 
 __all__ = ["Job", "command", "run_training"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that ``xlora-jax train`` takes.
-
-    Attributes:
-        base: HF model directory or hub id, with its tokenizer.
-        adapters: expert name -> PEFT LoRA directory or hub id.
-        data: what to learn: ``.jsonl``, ``.txt``, a directory of HF ``datasets``, or records.
-        output: directory of the run; the same job goes on where it stopped. The trained gate is in ``output/model``.
-        eval_data: held-out data by name.
-        checkpoint: trained X-LoRA to start from, in place of a new classifier.
-        xlora: settings of the new classifier, PEFT's field names.
-        length: tokens per row.
-        pack: several documents per row.
-        dtype: of base and computation; None takes the one in config.json.
-        expert_dtype: of the experts.
-        layout: of ``output/model``: ``peft``, ``xlora`` or ``mistralrs``.
-        train: settings of the run.
-    """
-
-    base: str
-    adapters: Mapping[str, str]
-    data: Any
-    output: str
-    eval_data: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
-    xlora: Mapping[str, Any] = field(default_factory=dict)
-    length: int = 1024
-    pack: bool = True
-    dtype: str | None = None
-    expert_dtype: str = "float32"
-    layout: str = "peft"
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
-    """Load, train, save: what ``xlora-jax train`` does.
-
-    Returns:
-        The result. If it is ``finished``, the trained model lies in ``job.output/model``; if not, SIGTERM came: the
-        same job goes on from its last checkpoint.
-
-    Raises:
-        ValueError: settings or data that can't be used; the message says what to change.
-        OSError: files that can't be read or written.
-        NonFiniteError: the loss was not finite for too many steps in a row.
-    """
-    from interop import load_xlora, save_xlora
-    from interop.codec import load_codec
-    from xlora_jax.sharding import placer
-
-    codec = load_codec(job.base)
-
-    def rows_of(source: Any) -> Rows:
-        rows = lay_out(encode_records(read_records(source), codec), job.length, pack=job.pack)
-        if rows.cut or rows.dropped:
-            warnings.warn(
-                f"{rows.cut} answers were cut off at {job.length} tokens, {rows.dropped} records have nothing to learn "
-                f"within that length and were left out; raise the row length to keep them",
-                stacklevel=2,
-            )
-        return rows
-
-    rows = rows_of(job.data)
-    held_out = {name: rows_of(source) for name, source in job.eval_data.items()}
-    mesh = mesh_of(job.train)
-    place = None if mesh is None else placer(mesh)
-    options: dict[str, Any] = {"dtype": job.dtype, "expert_dtype": job.expert_dtype, "seed": job.train.seed}
-    if job.checkpoint is not None:
-        if job.xlora:
-            raise ValueError(
-                "give either checkpoint (which has its settings) or settings of a new classifier, not both"
-            )
-        model = load_xlora(
-            job.base, checkpoint=job.checkpoint, adapters=dict(job.adapters) or None, place=place, **options
-        )
-    else:
-        model = load_xlora(job.base, adapters=dict(job.adapters), config=_config_for(job), place=place, **options)
-    output = Path(job.output)
-    result = train(
-        model,
-        rows,
-        job.train,
-        eval_rows=held_out,
-        output=output,
-        mesh=mesh,
-        show_progress=show_progress,
-    )
-    if result.finished and jax.process_index() == 0:
-        save_xlora(result.model, output / "model", layout=job.layout)
-        _write_json(output / "job.json", _describe(job))
-    return result
-
-
-def _config_for(job: Job) -> XLoraConfig:
-    from transformers import AutoConfig
-
-    from interop.hub import resolve
-
-    text = AutoConfig.from_pretrained(resolve(job.base)).get_text_config()
-    return XLoraConfig(hidden_size=text.hidden_size, adapters=dict(job.adapters), **job.xlora)
-
-
-def _describe(job: Job) -> dict[str, Any]:
-    values = dataclasses.asdict(dataclasses.replace(job, data=None, eval_data={}))
-    values["data"] = str(job.data) if isinstance(job.data, str | Path) else "records"
-    values["eval_data"] = {
-        name: str(s) if isinstance(s, str | Path) else "records" for name, s in job.eval_data.items()
-    }
-    return values
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _named(values: list[str], option: str) -> dict[str, str]:

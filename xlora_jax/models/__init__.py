@@ -1,10 +1,10 @@
 """Base models in Flax: they know nothing of gating, and mix experts wherever they are given any."""
 
-from xlora_jax.models.base import BaseModule
 from xlora_jax.models.cache import Cache, KVCache, PairedCache, Place
-from xlora_jax.models.declaration import DecoderConfig, RoutedMLP
+from xlora_jax.models.config import DecoderConfig, RoutedMLP
 from xlora_jax.models.decoder import Decoder
 from xlora_jax.models.encoder import Encoder, EncoderConfig, VisionTransformer
+from xlora_jax.models.protocol import BaseModule
 from xlora_jax.models.rope import Rope
 from xlora_jax.models.transformer import DecoderOutput, Transformer
 

@@ -18,11 +18,11 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from xlora_jax import products
+from xlora_jax.layers import matmul as products
+from xlora_jax.layers.modules import XLoraDense
 from xlora_jax.models.cache import Cache, Place
-from xlora_jax.models.declaration import ACTIVATIONS, NORMS, DecoderConfig
+from xlora_jax.models.config import ACTIVATIONS, NORMS, DecoderConfig
 from xlora_jax.models.rope import apply_rope
-from xlora_jax.modules import XLoraDense
 
 __all__ = ["MLP", "Attention", "Block", "BlockContext", "LayerFlags", "Norm", "RoutedBlock", "attend"]
 

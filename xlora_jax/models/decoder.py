@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xlora_jax.layers.modules import XLoraDense, XLoraEmbed, XLoraTiedHead
 from xlora_jax.models.blocks import BlockContext, Norm
 from xlora_jax.models.cache import Cache, KVCache, Place
 from xlora_jax.models.rope import Rope
 from xlora_jax.models.transformer import DecoderOutput, Transformer
-from xlora_jax.modules import XLoraDense, XLoraEmbed, XLoraTiedHead
 
 __all__ = ["Decoder", "last_token"]
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xlora_jax.layers.modules import XLoraConv, XLoraDense, XLoraEmbed
 from xlora_jax.models.blocks import BlockContext, Norm
-from xlora_jax.models.declaration import DecoderConfig
+from xlora_jax.models.config import DecoderConfig
 from xlora_jax.models.transformer import DecoderOutput, Transformer
-from xlora_jax.modules import XLoraConv, XLoraDense, XLoraEmbed
 
 __all__ = ["Encoder", "EncoderConfig", "VisionTransformer"]
 

@@ -16,7 +16,7 @@ from flax import struct
 
 from xlora_jax.models.blocks import Block, BlockContext, LayerFlags
 from xlora_jax.models.cache import Cache
-from xlora_jax.models.declaration import BlockGroup, DecoderConfig
+from xlora_jax.models.config import BlockGroup, DecoderConfig
 
 __all__ = ["REMAT_POLICIES", "DecoderOutput", "Transformer"]
 

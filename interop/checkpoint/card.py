@@ -1,0 +1,171 @@
+"""The model card, README.md, of an exported X-LoRA checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+
+from interop.peft.adapter import LoraAdapter
+from interop.storage.hub import is_hub_id
+from xlora_jax.config import XLoraConfig
+
+_LAYOUTS = {
+    "peft": "PEFT's layout",
+    "xlora": "the layout of the original xlora package",
+    "mistralrs": "the layout that mistral.rs reads",
+}
+
+_HERE = """\
+```python
+from interop import load_xlora
+
+model = load_xlora({base}, checkpoint="DIR")
+```
+"""
+
+_PEFT = """\
+```python
+from peft import PeftConfig, PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained({base}{labels})
+base.config.use_cache = False
+config = PeftConfig.from_pretrained("DIR")
+config.adapters = {{i: f"DIR/experts/{{i}}" for i in config.adapters}}
+model = PeftModel.from_pretrained(base, "DIR", config=config)
+```
+
+PEFT takes the experts' paths from `adapter_config.json`, and they are those of the place where this was saved. The two
+lines about `config` put the present ones in their place. To put them into the file instead, once after a move:
+
+    python -c "import interop; interop.repoint('DIR')"
+
+or, without xlora-jax:
+
+    python -c "import json, pathlib; d = pathlib.Path('DIR').resolve(); f = d / 'adapter_config.json'; \\
+    c = json.loads(f.read_text()); c['adapters'] = {{i: str(d / 'experts' / i) for i in c['adapters']}}; \\
+    f.write_text(json.dumps(c, indent=2))"
+"""
+
+_XLORA = """\
+```python
+import xlora
+
+model = xlora.from_pretrained("DIR", base, "cpu", adapters={adapters})
+```
+
+The order of `adapters` is the order of the classifier's outputs.
+"""
+
+_MISTRALRS = """\
+    mistralrs run -m {base} --xlora DIR --xlora-order DIR/xlora_ordering.json
+
+The base has to be named as in `xlora_ordering.json`. `xlora_dropout_p` is 0 here, since mistral.rs applies the
+classifier's dropout when it generates; an expert's `lora_alpha` is the one that gives its scale as alpha / r.
+"""
+
+_ELSEWHERE = """\
+Not in this layout. This writes it:
+
+    xlora-jax export --base {base} --checkpoint DIR --layout {layout} --output OUTPUT
+"""
+
+# By PEFT's task_type; it has none for classes of images.
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    None: "AutoModelForImageClassification",
+}
+
+
+def model_card(
+    layout: str,
+    config: XLoraConfig,
+    adapters: Sequence[LoraAdapter],
+    base_model: str,
+    layer_count: int,
+    task_type: str | None = "CAUSAL_LM",
+    labels: int | None = None,
+) -> str:
+    """A README.md with base model, experts, settings, and how to load the checkpoint in PEFT, here, and elsewhere.
+
+    Args:
+        layout: "peft", "xlora" or "mistralrs".
+        config: the settings.
+        adapters: the experts, in order.
+        base_model: the base's directory or hub id.
+        layer_count: the number of adapted layers.
+        task_type: PEFT's.
+        labels: classes of a head that is in the checkpoint, not in the base; None for none.
+    """
+    base = json.dumps(base_model)
+    front = ["library_name: peft", "tags: [lora, x-lora, mixture-of-experts]"]
+    if is_hub_id(base_model):
+        front.insert(0, f"base_model: {base_model}")
+    folders = json.dumps({adapter.name: f"DIR/{adapter.name}" for adapter in adapters})
+    loading = {
+        "peft": (
+            "PEFT",
+            _PEFT.format(
+                base=base,
+                auto=_AUTO.get(task_type, "AutoModel"),
+                labels="" if labels is None else f", num_labels={labels}",
+            ),
+        ),
+        "xlora": ("the original xlora package", _XLORA.format(adapters=folders)),
+        "mistralrs": ("mistral.rs", _MISTRALRS.format(base=base)),
+    }
+    settings = {name: value for name, value in config.to_dict().items() if name != "adapters"}
+    lines = [
+        "---",
+        *front,
+        "---",
+        "",
+        "# X-LoRA checkpoint",
+        "",
+        f"A mixture of {len(adapters)} LoRA experts on {base_model}, in {_LAYOUTS[layout]}. For every token a small "
+        "classifier",
+        f"weighs the experts in {layer_count} adapted layers ([X-LoRA](https://arxiv.org/abs/2402.07148)). Written by "
+        "xlora-jax.",
+        "",
+        "## Experts",
+        "",
+        "| number | name | rank | layers | trained on |",
+        "|---|---|---|---|---|",
+        *(_row(number, adapter) for number, adapter in enumerate(adapters)),
+        "",
+        "## Settings",
+        "",
+        "| field | value |",
+        "|---|---|",
+        *(f"| {name} | {json.dumps(value)} |" for name, value in settings.items()),
+        "",
+        "## Loading",
+        "",
+        "`DIR` is the directory of this file.",
+        "",
+        "### xlora-jax",
+        "",
+        _HERE.format(base=base),
+    ]
+    for kind, (title, text) in loading.items():
+        lines += [
+            f"### {title}",
+            "",
+            text if kind == layout else _ELSEWHERE.format(base=shlex.quote(base_model), layout=kind),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(number: int, adapter: LoraAdapter) -> str:
+    ranks = sorted({layer.r for layer in adapter.layers.values()})
+    cells = (
+        str(number),
+        adapter.name,
+        ", ".join(map(str, ranks)),
+        str(len(adapter.layers)),
+        str(adapter.base_model_name_or_path),
+    )
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"

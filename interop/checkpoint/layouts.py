@@ -1,0 +1,143 @@
+"""The checkpoint layouts: file names, classifier tensor names, and the ordering file.
+
+Axis legend: D hidden size, S classifier size, N experts, L adapted layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from interop.peft.adapter import WEIGHTS_STEM
+from interop.peft.config import CONFIG_FILE
+from interop.storage.errors import FormatError, brief, listed
+from interop.storage.files import file_in, read_json
+from xlora_jax.config import XLoraConfig
+
+Layout = Literal["peft", "xlora", "mistralrs"]
+Linear = tuple[NDArray[Any], NDArray[Any] | None]
+XLORA_CONFIG_FILE = "xlora_config.json"
+XLORA_CLASSIFIER_STEM = "xlora_classifier"
+ORDERING_FILE = "xlora_ordering.json"
+EXPERTS_FOLDER = "experts"
+CARD_FILE = "README.md"
+
+FIXED_ENTRIES = (
+    CONFIG_FILE,
+    f"{WEIGHTS_STEM}.safetensors",
+    f"{XLORA_CLASSIFIER_STEM}.safetensors",
+    XLORA_CONFIG_FILE,
+    ORDERING_FILE,
+    EXPERTS_FOLDER,
+    CARD_FILE,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class XLoraCheckpoint:
+    """A trained X-LoRA as it stands in files.
+
+    Attributes:
+        directory: where it was read from.
+        layout: "peft", "xlora" or "mistralrs".
+        config: its settings.
+        classifier: (weight [inputs, outputs], bias [outputs]) of its linear layers, in order, in stored dtypes.
+        adapters: expert name to directory or hub id, in the order of the classifier's outputs; None where the
+            checkpoint names one that isn't to be found.
+        layer_names: the adapted layers by their numbers, or None where the checkpoint doesn't tell.
+        extras: what else its settings hold: `task_type`, `base_model_name_or_path`, `peft_version`, ...
+        head: tensors of the classification head, by Hugging Face name and in torch's layout; none where the base's own
+            is used.
+    """
+
+    directory: Path
+    layout: Layout
+    config: XLoraConfig
+    classifier: Sequence[Linear]
+    adapters: Mapping[str, str | None]
+    layer_names: Sequence[str] | None
+    extras: Mapping[str, Any]
+    head: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+PEFT_PREFIX = "base_model.internal_xlora_classifier."
+# PEFT loads every tensor of the file into the module of that name: so a head can stand there under its own.
+PEFT_HEAD_PREFIX = "base_model.lora_model.model."
+
+
+@dataclass(frozen=True)
+class ClassifierNames:
+    """Names of the linear layers. Activation and dropout take numbers too where modules stand in one sequence."""
+
+    inner: str
+    last: str
+    stride: int
+    stride_without_dropout: int
+
+    def names(self, depth: int, dropout: float) -> list[str]:
+        """Return the name of each linear layer of a classifier of that depth and dropout."""
+        stride = self.stride if dropout > 0 else self.stride_without_dropout
+        return [
+            (self.inner if i < depth - 1 else self.last).format(stride * i)
+            for i in range(depth)
+        ]  # fmt: skip
+
+
+CLASSIFIER_NAMES: dict[Layout, ClassifierNames] = {
+    "peft": ClassifierNames("layers.{}", "layers.{}", 3, 2),  # Linear, ReLU, Dropout if p > 0
+    "xlora": ClassifierNames("inner.{}", "last", 3, 3),  # Linear, ReLU, Dropout whatever p
+    "mistralrs": ClassifierNames("inner.{}", "last", 1, 1),
+}
+
+
+def classifier_tensors(layout: Layout, config: XLoraConfig, classifier: Sequence[Linear]) -> dict[str, NDArray[Any]]:
+    """The classifier under the layout's names, in torch's orientation."""
+    tensors: dict[str, NDArray[Any]] = {}
+    names = CLASSIFIER_NAMES[layout].names(config.xlora_depth, config.xlora_dropout_p)
+    for name, (weight, bias) in zip(names, classifier, strict=True):
+        tensors[f"{name}.weight"] = weight.T
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias
+    return tensors
+
+
+# PEFT's class of models for these can't hold an X-LoRA (0.21.2: TypeError), its general one can: so in PEFT's settings
+# there is none, and the ordering file keeps it.
+UNHELD_TASKS = ("TOKEN_CLS",)
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """The content of an ordering file: expert names, adapted layers by number, PEFT's task type; None where absent."""
+
+    names: Sequence[str] | None = None
+    layers: Sequence[str] | None = None
+    task_type: str | None = None
+
+
+def read_ordering(directory: Path) -> Ordering:
+    """Read the ordering file of a directory; an empty one if there is no such file."""
+    path = file_in(directory, ORDERING_FILE)
+    if path is None:
+        return Ordering()
+    content = read_json(path)
+    names, layers = content.get("order"), content.get("layers")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        raise FormatError(f"{path}: order should be a list of the experts' names, got {brief(names)}.")
+    if names is not None and len(set(names)) < len(names):
+        raise FormatError(f"{path}: two experts of one name in order: {listed(names)}.")
+    if layers is not None:
+        numbers = list(layers.values()) if isinstance(layers, dict) else []
+        if not all(type(number) is int for number in numbers) or sorted(numbers) != list(range(len(layers))):
+            raise FormatError(
+                f"{path}: layers should number the adapted layers from 0, each once, got {brief(layers)}."
+            )
+        layers = sorted(layers, key=layers.__getitem__)
+    task_type = content.get("task_type")
+    if task_type not in (None, *UNHELD_TASKS):
+        raise FormatError(f"{path}: task_type should be one of {listed(UNHELD_TASKS)}, got {brief(task_type)}.")
+    return Ordering(names, layers, task_type)

@@ -1,0 +1,1 @@
+"""Hugging Face base models: config, weights, tokenizer, generation settings, classification heads."""

@@ -1,0 +1,401 @@
+"""HF base checkpoints in Flax: config.json to a module, its safetensors to parameters, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from interop.hf.config import read_config
+from interop.hf.families.registry import classifying, decoder_config
+from interop.hf.families.table import LEAVES, Family, abstract_params
+from interop.hf.head import Head
+from interop.storage.atomic import replacing
+from interop.storage.errors import FormatError
+from interop.storage.files import file_in, read_json, write_json
+from interop.storage.hub import resolve
+from interop.storage.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
+from xlora_jax import BaseModel
+from xlora_jax.models import Transformer
+from xlora_jax.trees import Path as TreePath
+from xlora_jax.trees import flatten, unflatten
+
+__all__ = ["BaseOrigin", "Place", "UnreadLeaf", "head_tensors", "load_base", "open_base", "save_base"]
+
+Place = Callable[[TreePath, NDArray[Any]], jax.Array]
+
+_MAX_SHARD_BYTES = 5 * 10**9  # as transformers splits
+_COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
+)
+_OWNED = ("config.json", "model*.safetensors", "model.safetensors.index.json", *_COMPANIONS)
+
+
+@dataclass(frozen=True)
+class BaseOrigin:
+    """Where a base model came from.
+
+    Attributes:
+        name_or_path: as the user gave it.
+        directory: where its files are.
+        family: its family.
+        config: its config as transformers reads it.
+        head: the classification head that it got in place of its own, or None.
+    """
+
+    name_or_path: str
+    directory: Path
+    family: Family
+    config: Mapping[str, Any]
+    head: Head | None = None
+
+
+def load_base(
+    base: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    scan_layers: bool = True,
+    place: Place | None = None,
+    head: Head | None = None,
+    **hub_options: Any,
+) -> BaseModel:
+    """Load an HF model: a causal language model, or one that classifies.
+
+    Args:
+        base: directory or hub id, with config.json and safetensors (single or sharded) or a ``.bin``.
+        dtype: of parameters and computation: float32, bfloat16 or float16. None takes the one in config.json, or
+            float32.
+        scan_layers: stack the blocks (fast to compile, any depth), or stand them side by side (fast to decode).
+        place: puts each parameter where it belongs as soon as it is read, given its path and its NumPy array:
+            :func:`xlora_jax.sharding.placer` of a mesh. None puts all on the default device.
+        head: classification head (see :func:`interop.peft.heads.choose_head`) that replaces the head in the base's
+            files; None keeps the base's own.
+        **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Returns:
+        The model; ``base_model(input_ids=..., attention_mask=...).logits``.
+
+    Raises:
+        FormatError: a file is broken, a tensor is missing, unexpected or of the wrong shape, or a config field has a
+            value that is not implemented.
+    """
+    directory = resolve(base, **hub_options)
+    module, origin = _declare(base, directory, dtype, scan_layers, head)
+    tensors = open_tensors(directory)
+    place = place or put_on_default_device
+    params = read_params(module, origin, tensors, np.dtype(module.param_dtype), str(directory), place)
+    return BaseModel(module, params, origin)
+
+
+def _declare(
+    base: str | Path, directory: Path, dtype: jax.typing.DTypeLike | None, scan_layers: bool, head: Head | None
+) -> tuple[Transformer, BaseOrigin]:
+    """The module that config.json describes."""
+    config_file = file_in(directory, "config.json")
+    if config_file is None:
+        raise FormatError(f"{directory}: no config.json; expected the directory of an HF base model.")
+    family, config = read_config(config_file)
+    if dtype is None:
+        dtype = config.get("dtype") or "float32"
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if head is not None:
+        shapes = {name: tensor.shape for name, tensor in head.tensors.items()}
+        config = classifying(family, config, head.task_type, shapes, head.owner)
+    declared = decoder_config(family, config, str(config_file))
+    module = family.module(declared, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
+    return module, BaseOrigin(str(base), directory, family, config, head)
+
+
+@dataclass(frozen=True)
+class UnreadLeaf:
+    """A parameter in a file: shape and dtype are known, its values are read when NumPy asks for them.
+
+    Attributes:
+        shape: as the module has it.
+        dtype: likewise.
+        read: reads the values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], NDArray[Any]]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The values, for `numpy.asarray`."""
+        return self.read().astype(self.dtype if dtype is None else dtype, copy=False)
+
+
+def open_base(
+    base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, head: Head | None = None, **hub_options: Any
+) -> BaseModel:
+    """Open an HF model without reading its weights: to hold adapters and checkpoints against it.
+
+    Of a hub id only config.json is fetched; names and shapes of tensors are checked where the weights are there.
+
+    Args:
+        base: as of :func:`load_base`.
+        dtype: likewise.
+        head: likewise.
+        **hub_options: likewise.
+
+    Returns:
+        A model whose parameters are instances of :class:`UnreadLeaf`.
+
+    Raises:
+        FormatError: what :func:`load_base` would refuse, but for values of weights.
+    """
+    directory = resolve(base, files=("config.json",), **hub_options)
+    module, origin = _declare(base, directory, dtype, True, head)
+    is_local = Path(base).expanduser().is_dir()
+
+    def absent() -> NDArray[Any]:
+        raise FileNotFoundError(f"{base}: its weights are needed for this, and not downloaded: `hf download {base}`.")
+
+    if not is_local and not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+        shapes = flatten(abstract_params(module))
+        unread = {path: UnreadLeaf(leaf.shape, np.dtype(leaf.dtype), absent) for path, leaf in shapes.items()}
+        return BaseModel(module, unflatten(unread), origin)
+    wanted, tensors = _checked(module, origin, open_tensors(directory), str(directory))
+    dtype = np.dtype(module.param_dtype)
+    unread = {
+        path: UnreadLeaf(shape, dtype, partial(_fill, shape, sources, tensors, dtype))
+        for path, (shape, sources) in wanted.items()
+    }
+    return BaseModel(module, unflatten(unread), origin)
+
+
+def put_on_default_device(path: TreePath, leaf: NDArray[Any]) -> jax.Array:
+    """Place a parameter without a mesh."""
+    return jnp.asarray(leaf)
+
+
+def leave_in_memory(path: TreePath, leaf: NDArray[Any]) -> Any:
+    """Place a parameter nowhere: for a model that is held against something or written, and never run."""
+    return leaf
+
+
+def read_params(
+    module: Transformer,
+    origin: BaseOrigin,
+    tensors: Mapping[str, LazyTensor],
+    dtype: np.dtype[Any],
+    where: str,
+    place: Place,
+) -> dict[str, Any]:
+    """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
+    wanted, tensors = _checked(module, origin, tensors, where)
+    params: dict[TreePath, jax.Array] = {}
+    # The largest leaf comes first: what reading a leaf takes besides it is then largest while the model is smallest.
+    for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
+        # Placing is asynchronous: without waiting, the buffers of several leaves would stand beside one another.
+        params[path] = jax.block_until_ready(place(("base", *path), _fill(shape, sources, tensors, dtype)))
+    return unflatten(params)
+
+
+def _fill(
+    shape: tuple[int, ...], sources: Sequence[_Source], tensors: Mapping[str, LazyTensor], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """Read one leaf."""
+    buffer = np.empty(shape, dtype)
+    for source in sources:
+        tensor = tensors[source.tensor]
+        value = require_finite(tensor.read(), tensor.name, tensor.file)
+        buffer[source.member] = np.transpose(value, source.order) if source.order else value
+    return buffer
+
+
+def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
+    """Write a base model as HF files, which transformers and :func:`load_base` read.
+
+    Parameters are written in the dtype that they have: an unchanged model loaded in its stored dtype comes back bit for
+    bit. The config is the one that was loaded, with that dtype; the tokenizer's files beside it are copied.
+
+    Args:
+        model: as :func:`load_base` gives it.
+        directory: created, or replaced as a whole.
+        max_shard_bytes: above this the tensors are split over several files, with an index.
+
+    Raises:
+        FileExistsError: the directory holds files that this function does not write.
+    """
+    origin: BaseOrigin = model.origin
+    with replacing(directory, owned=_OWNED) as folder:
+        config = read_json(origin.directory / "config.json")
+        config.pop("torch_dtype", None)
+        if origin.head is not None:
+            config |= {name: origin.config[name] for name in ("architectures", "id2label", "label2id")}
+        write_json(folder / "config.json", {**config, "dtype": jnp.dtype(model.module.param_dtype).name})
+        for name in _COMPANIONS:
+            if (companion := file_in(origin.directory, name)) is not None:
+                shutil.copyfile(companion, folder / name)
+        _write_shards(folder, _tensors(model), max_shard_bytes)
+
+
+def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
+    """The model's tensors under their names in files, each taken off the device when its turn comes."""
+    origin: BaseOrigin = model.origin
+    leaves = flatten(model.params)
+    tensors: dict[str, LazyTensor] = {}
+
+    def taken(leaf: jax.Array, source: _Source) -> NDArray[Any]:
+        value = np.asarray(leaf[source.member] if source.member else leaf)
+        return np.transpose(value, np.argsort(source.order)) if source.order else value
+
+    for path, (shape, sources) in _sources(cast(Transformer, model.module), origin.family).items():
+        for source in sources:
+            own = shape[len(source.member) :]
+            tensors[source.tensor] = LazyTensor(
+                source.tensor,
+                origin.directory,
+                np.dtype(leaves[path].dtype),
+                source.in_file(own),
+                partial(taken, leaves[path], source),
+            )
+    return tensors
+
+
+def head_tensors(model: BaseModel) -> dict[str, NDArray[Any]]:
+    """The classification head that a base model got in place of its own, under its names in files; else nothing.
+
+    A tensor that did not change comes as it was brought, in the dtype that it had.
+    """
+    origin: BaseOrigin = model.origin
+    if origin.head is None:
+        return {}
+    tensors = _tensors(model)
+    found: dict[str, NDArray[Any]] = {}
+    for name, brought in origin.head.tensors.items():
+        own = tensors[name].read()
+        found[name] = brought if np.array_equal(brought.astype(own.dtype), own) else own
+    return found
+
+
+def _write_shards(directory: Path, tensors: Mapping[str, LazyTensor], max_bytes: int) -> None:
+    shards: list[dict[str, LazyTensor]] = [{}]
+    filled = total = 0
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if filled and filled + size > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+        total += size
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", shards[0])
+        return
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(directory / file, shard)
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The torch tensor that fills a leaf, or one member of a stacked leaf."""
+
+    tensor: str
+    member: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in files of a tensor that has ``shape`` here."""
+        return tuple(shape[axis] for axis in np.argsort(self.order)) if self.order else shape
+
+
+def _sources(module: Transformer, family: Family) -> dict[TreePath, tuple[tuple[int, ...], list[_Source]]]:
+    """For each leaf of the parameters its shape, and the tensors that it comes from."""
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
+    wanted: dict[TreePath, tuple[tuple[int, ...], list[_Source]]] = {}
+    for placed in family.modules(module):
+        for leaf, (suffix, order) in LEAVES[placed.kind].items():
+            path = (*placed.path, leaf)
+            if path in shapes:
+                source = _Source(f"{family.in_file(placed.hf)}.{suffix}", placed.member, order)
+                wanted.setdefault(path, (shapes[path], []))[1].append(source)
+    unfilled = shapes.keys() - wanted.keys()
+    assert not unfilled, f"no row of the family's table fills {unfilled}"
+    return wanted
+
+
+def _checked(
+    module: Transformer, origin: BaseOrigin, tensors: Mapping[str, LazyTensor], where: str
+) -> tuple[Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]], Mapping[str, LazyTensor]]:
+    """Where each leaf of the parameters comes from, and the tensors under their full names, after a check of both."""
+    family = origin.family
+    if not any(name.startswith(family.prefix) for name in tensors):
+        # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
+        tensors = {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
+    for old, new in family.formerly:
+        tensors = {f"{name.removesuffix(old)}{new}" if name.endswith(old) else name: t for name, t in tensors.items()}
+    wanted = _sources(module, family)
+    if origin.head is not None:
+        names = {source.tensor for _, sources in wanted.values() for source in sources}
+        tensors = {name: t for name, t in tensors.items() if name in names or not family.is_head(name)}
+        tensors |= {name: _in_memory(name, array, origin) for name, array in origin.head.tensors.items()}
+    _check(wanted, tensors, origin, module, where)
+    return wanted, tensors
+
+
+def _in_memory(name: str, array: NDArray[Any], origin: BaseOrigin) -> LazyTensor:
+    """A head's tensor as if it stood in the base's files."""
+    return LazyTensor(name, origin.directory, array.dtype, array.shape, lambda: array)
+
+
+def _check(
+    wanted: Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]],
+    tensors: Mapping[str, LazyTensor],
+    origin: BaseOrigin,
+    module: Transformer,
+    where: str,
+) -> None:
+    """Hold the file's tensors against what the module needs, all of them before any is read."""
+    family = origin.family
+    kind = family.causal_lm if module.config.head == "lm" else origin.config["architectures"][0]
+    names = {source.tensor for _, sources in wanted.values() for source in sources}
+    missing = sorted(names - tensors.keys())
+    unexpected = sorted(name for name in tensors.keys() - names if not name.endswith(family.ignored or ("\0",)))
+    head = f"{family.in_file('lm_head')}.weight"
+    if module.config.tie_word_embeddings and head in unexpected:
+        # Some files store the tied table twice. Only the embedding is used, as transformers does.
+        unexpected.remove(head)
+    if missing or unexpected:
+        raise FormatError(
+            f"{where}: the tensors are not those of a {kind} with this config. "
+            f"Missing: {_list(missing)}. Unexpected: {_list(unexpected)}. Expected a checkpoint saved with "
+            f"{kind}.save_pretrained."
+        )
+    for shape, sources in wanted.values():
+        for source in sources:
+            expected = shape[len(source.member) :]
+            expected = source.in_file(expected)
+            tensor = tensors[source.tensor]
+            if tensor.shape != expected:
+                raise FormatError(
+                    f"{tensor.file}: tensor {tensor.name!r}: expected shape {list(expected)} from config.json, got "
+                    f"{list(tensor.shape)}."
+                )
+            if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+                raise FormatError(
+                    f"{tensor.file}: tensor {tensor.name!r}: expected a floating-point dtype of at least 16 bits, got "
+                    f"{tensor.dtype}; quantised checkpoints are not supported, convert it to bfloat16."
+                )
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return shown or "none"

@@ -1,0 +1,84 @@
+"""config.json of a base model: what transformers makes of it, after a check of what it takes without a look.
+
+transformers fills fields that are missing with defaults of its own, and takes sizes as they come. Sizes decide how much
+is built before a tensor's shape can object, so they are held to what any model has first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from interop.hf.families.registry import family_of
+from interop.hf.families.table import Family
+from interop.storage.errors import FormatError, brief
+from interop.storage.files import read_json
+
+__all__ = ["CONFIG_FILE", "read_config"]
+
+CONFIG_FILE = "config.json"
+_WIDTH, _COUNT = 2**30, 1000
+# The largest value that each may have.
+_SIZES = {
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size"), _WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd"), 2**20),
+    **dict.fromkeys(("word_embed_proj_dim", "moe_intermediate_size"), _WIDTH),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), _WIDTH),
+    "head_dim": 2**16,  # rotary frequencies are computed from it, or from the hidden size
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), _COUNT),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), _WIDTH),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), _COUNT),
+}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Without these a config says nothing about the model: transformers would put in those of one that it likes.
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
+    """Read a base model's config.json.
+
+    Returns:
+        Its family, and its config as transformers reads it.
+
+    Raises:
+        FormatError: not a JSON object, of an unknown family, or a field that is missing or no such thing; the message
+            names file and field, what was expected and what was found.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    content = read_json(path)
+    family = family_of(content.get("model_type"), str(path))
+    also_called: Mapping[str, str] = getattr(CONFIG_MAPPING[family.model_type], "attribute_map", {})
+    for name in (family.input_size, *_REQUIRED):
+        given = name if content.get(name) is not None else also_called.get(name, name)
+        if content.get(given) is None:
+            raise FormatError(
+                f"{path}: field {given!r}: expected a whole number of at least 1, got "
+                f"{'null' if given in content else 'nothing: the field is missing'}."
+            )
+    for name, most in _SIZES.items():
+        size = content.get(name)
+        if size is not None and (type(size) is not int or not 1 <= size <= most):
+            raise FormatError(
+                f"{path}: field {name!r}: expected a whole number from 1 to {most}, got {brief(size)} "
+                f"({type(size).__name__})."
+            )
+    for name in ("dtype", "torch_dtype"):
+        if content.get(name) not in (None, *_DTYPES):
+            raise FormatError(
+                f"{path}: field {name!r}: expected one of {', '.join(_DTYPES)}, got {brief(content[name])}."
+            )
+    try:
+        return family, AutoConfig.from_pretrained(path.parent).to_dict()
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise FormatError(f"{path}: transformers can't read it: {error}") from error

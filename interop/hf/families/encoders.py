@@ -1,0 +1,169 @@
+"""Encoders with a classification head: BERT, RoBERTa, ViT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from interop.hf.families.fields import ENCODER_HEADS, Fields, count_labels, read_activation, task_of
+from interop.hf.families.table import Family, Module, linears
+from xlora_jax.models import Encoder, EncoderConfig, VisionTransformer
+
+
+def _read_encoder(fields: Fields, family: str) -> dict[str, Any]:
+    """What BERT, RoBERTa and ViT share."""
+    heads, hidden = fields.take("num_attention_heads"), fields.take("hidden_size")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"):
+        fields.take(name)
+    if decodes := fields.take("is_decoder", False):
+        raise fields.error("is_decoder", decodes, "False")
+    architectures, labels = fields.take("architectures"), fields.take("id2label")
+    task = task_of({"architectures": architectures})
+    if task not in ENCODER_HEADS:
+        raise fields.error("architectures", architectures, f"{family}For{' or '.join(ENCODER_HEADS)}")
+    return {
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "num_layers": fields.take("num_hidden_layers"),
+        "intermediate_size": fields.take("intermediate_size"),
+        "activation": read_activation(fields),
+        "norm": "layer",
+        "norm_eps": fields.take("layer_norm_eps"),
+        "rope": None,
+        "mlp": "plain",
+        "o_bias": True,
+        "mlp_bias": True,
+        "num_labels": count_labels({"id2label": labels}),
+        "head": ENCODER_HEADS[task],
+    }
+
+
+def _read_bert(fields: Fields) -> EncoderConfig:
+    roberta = fields.peek("model_type") == "roberta"
+    if (kind := fields.take("position_embedding_type", "absolute")) != "absolute":
+        raise fields.error("position_embedding_type", kind, "'absolute'")
+    padding = fields.peek("pad_token_id")
+    return EncoderConfig(
+        vocab_size=fields.take("vocab_size"),
+        token_types=fields.take("type_vocab_size"),
+        learned_positions=fields.take("max_position_embeddings"),
+        # RoBERTa counts from its padding token's number on, and tokens other than that only.
+        position_offset=padding + 1 if roberta else 0,
+        padding_token=padding if roberta else None,
+        qkv_bias=True,
+        norm_placement="sum",
+        **_read_encoder(fields, "Roberta" if roberta else "Bert"),
+    )
+
+
+def _read_vit(fields: Fields) -> EncoderConfig:
+    # Of the pooler and of masked images, which the classifier does not use.
+    for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
+        fields.take(name)
+
+    def pair(name: str) -> tuple[int, ...]:
+        value = fields.take(name)
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    return EncoderConfig(
+        vocab_size=0,
+        image_size=pair("image_size"),
+        patch_size=pair("patch_size"),
+        channels=fields.take("num_channels"),
+        qkv_bias=fields.take("qkv_bias"),
+        **_read_encoder(fields, "ViT"),
+    )
+
+
+def _bert(model_type: str, causal_lm: str, head: tuple[Module, ...]) -> Family:
+    name = f"{model_type}.embeddings"
+    return Family(
+        model_type=model_type,
+        causal_lm=causal_lm,
+        read=_read_bert,
+        before=(
+            Module(f"{name}.word_embeddings", ("embed_tokens",), "embedding"),
+            Module(f"{name}.position_embeddings", ("embed_positions",), "positions"),
+            Module(f"{name}.token_type_embeddings", ("embed_types",), "positions"),
+            Module(f"{name}.LayerNorm", ("embed_norm",), "norm"),
+        ),
+        blocks=f"{model_type}.encoder.layer",
+        block=(
+            *linears(
+                attention__self__query="self_attn.q_proj",
+                attention__self__key="self_attn.k_proj",
+                attention__self__value="self_attn.v_proj",
+                attention__output__dense="self_attn.o_proj",
+                intermediate__dense="mlp.up_proj",
+                output__dense="mlp.down_proj",
+            ),
+            Module("attention.output.LayerNorm", ("post_attention_norm",), "norm"),
+            Module("output.LayerNorm", ("post_mlp_norm",), "norm"),
+        ),
+        after=head,
+        ignored=(".embeddings.position_ids", ".embeddings.token_type_ids"),
+        formerly=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
+        module=Encoder,
+    )
+
+
+_VIT = Family(
+    model_type="vit",
+    causal_lm="ViTForImageClassification",
+    read=_read_vit,
+    before=(
+        Module("vit.embeddings", ("embeddings",), "class_token"),
+        Module("vit.embeddings.patch_embeddings.projection", ("patches",), "conv"),
+    ),
+    blocks="vit.layers",
+    block=(
+        *linears(
+            attention__q_proj="self_attn.q_proj",
+            attention__k_proj="self_attn.k_proj",
+            attention__v_proj="self_attn.v_proj",
+            attention__o_proj="self_attn.o_proj",
+            mlp__fc1="mlp.up_proj",
+            mlp__fc2="mlp.down_proj",
+        ),
+        Module("layernorm_before", ("pre_attention_norm",), "norm"),
+        Module("layernorm_after", ("pre_mlp_norm",), "norm"),
+    ),
+    after=(Module("vit.layernorm", ("norm",), "norm"), Module("classifier", ("classifier",), "linear")),
+    # Files have the names of transformers 4.
+    renamed=(
+        ("vit.layers.", "vit.encoder.layer."),
+        (".attention.q_proj", ".attention.attention.query"),
+        (".attention.k_proj", ".attention.attention.key"),
+        (".attention.v_proj", ".attention.attention.value"),
+        (".attention.o_proj", ".attention.output.dense"),
+        (".mlp.fc1", ".intermediate.dense"),
+        (".mlp.fc2", ".output.dense"),
+    ),
+    # For masked images, which only pretraining has.
+    ignored=(".embeddings.mask_token",),
+    module=VisionTransformer,
+    input_size="image_size",
+)
+
+FAMILIES = (
+    _bert(
+        "bert",
+        "BertForSequenceClassification or BertForTokenClassification",
+        (
+            Module("bert.pooler.dense", ("pooler",), "linear"),
+            Module("classifier", ("classifier",), "linear"),
+            Module("classifier", ("token_classifier",), "linear"),
+        ),
+    ),
+    _bert(
+        "roberta",
+        "RobertaForSequenceClassification or RobertaForTokenClassification",
+        (
+            Module("classifier.dense", ("pooler",), "linear"),
+            Module("classifier.out_proj", ("classifier",), "linear"),
+            Module("classifier", ("token_classifier",), "linear"),
+        ),
+    ),
+    _VIT,
+)

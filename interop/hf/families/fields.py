@@ -1,0 +1,205 @@
+"""Read the fields of a config.json: each one is used, known to have no effect, or refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+from interop.storage.errors import FormatError, brief
+from xlora_jax.models import Rope
+
+
+class Fields:
+    """The fields of a config, each to be taken once; what is left over is refused unless it has no effect."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._left = dict(values)
+        self._where = where
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """Return a field and strike it off."""
+        return self._left.pop(name, default)
+
+    def peek(self, name: str) -> Any:
+        """Return a field that someone else is to take."""
+        return self._left.get(name)
+
+    def nested(self, name: str) -> Fields:
+        """Return a field that is itself a mapping."""
+        value = self.take(name)
+        if not isinstance(value, Mapping):
+            raise self.error(name, value, "an object")
+        return Fields(value, f"{self._where}, {name}")
+
+    def number(self, name: str) -> float:
+        """Return a field that is a number above 0, and strike it off."""
+        value: Any = self.take(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.error(name, value, "a number above 0")
+        return cast(float, value)
+
+    def error(self, name: str, value: object, expected: str) -> FormatError:
+        """Make the error for a field that has no meaning here."""
+        return FormatError(f"{self._where}: field {name!r}: expected {expected}, got {brief(value)}")
+
+    def finish(self, neutral: Mapping[str, tuple[Any, ...]], without_effect: Collection[str] = ()) -> None:
+        """Refuse what is left, unless it is at a neutral value or known to have no effect."""
+        for name, value in self._left.items():
+            if name in without_effect or (name in neutral and value in neutral[name]):
+                continue
+            if name in neutral:
+                raise self.error(name, value, f"{neutral[name][0]!r}, the only value that is implemented")
+            raise FormatError(
+                f"{self._where}: field {name!r} (value {brief(value)}) is not implemented, and ignoring it could "
+                f"change the output; if it does not matter for your model, remove it from config.json"
+            )
+
+
+# Fields of PreTrainedConfig and of checkpoints on the hub that say nothing about the forward pass. The base model is
+# frozen and runs without dropout; how `generate` behaves is told by its arguments.
+WITHOUT_EFFECT = frozenset(
+    (
+        *("_name_or_path", "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "auto_map"),
+        *("return_dict", "output_hidden_states", "output_attentions", "use_cache", "torchscript", "pretraining_tp"),
+        *("id2label", "label2id", "problem_type", "num_labels", "initializer_range", "attention_dropout"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
+        *("_attn_implementation", "attn_implementation", "unsloth_version", "unsloth_fixed", "init_std"),
+        *("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "layerdrop", "residual_dropout"),
+        *("embedding_dropout", "classifier_dropout", "router_aux_loss_coef", "output_router_logits"),
+        *("router_jitter_noise",),
+    )
+)
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "chunk_size_feed_forward": (0,),
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "quantization_config": (None,),
+    "pruned_heads": ({}, None),
+    "use_bidirectional_attention": (False, None),
+}
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "tanh": "tanh",
+}
+
+# PEFT's task_type to the end of the name of transformers' class for it.
+TASKS = {
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+}
+DECODER_HEADS = {"SequenceClassification": "last", "TokenClassification": "token"}
+ENCODER_HEADS = {"SequenceClassification": "pooled", "TokenClassification": "token", "ImageClassification": "first"}
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """Return the task in the class name: the part after ``For``, None without a class."""
+    return next((name.split("For")[-1] for name in config.get("architectures") or ()), None)
+
+
+def count_labels(config: Mapping[str, Any]) -> int:
+    """Return the number of classes, two where the config names none."""
+    return len(config.get("id2label") or (0, 1))
+
+
+def read_rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool = False) -> Rope:
+    """Read ``rope_parameters``, as ``transformers.modeling_rope_utils`` does.
+
+    Args:
+        rope: its fields.
+        head_dim: C.
+        max_positions: ``max_position_embeddings``.
+        partial: whether the family's attention can rotate a part of each head.
+    """
+    kind, theta = rope.take("rope_type", "default"), rope.number("rope_theta")
+    rope.take("type")  # the old name of rope_type, which transformers has read already
+    dim = int(head_dim * rope.take("partial_rotary_factor", 1.0)) if partial else head_dim
+    read: dict[str, Any] = {}
+    if kind == "linear":
+        read = {"factor": rope.number("factor")}
+    elif kind == "llama3":
+        read = {
+            "factor": rope.number("factor"),
+            "low_freq_factor": rope.number("low_freq_factor"),
+            "high_freq_factor": rope.number("high_freq_factor"),
+            "original_length": rope.number("original_max_position_embeddings"),
+        }
+    elif kind in ("yarn", "longrope"):
+        original = rope.take("original_max_position_embeddings")
+        given = rope.take("factor")
+        factor = max_positions / original if given is None else given
+        attention = rope.take("attention_factor")
+        read = {"original_length": original, "factor": factor}
+        if kind == "yarn":
+            scale, scale_all = rope.take("mscale"), rope.take("mscale_all_dim")
+            if attention is None:
+                attention = _yarn_scale(factor, 1.0)
+                if scale and scale_all:
+                    attention = _yarn_scale(factor, scale) / _yarn_scale(factor, scale_all)
+            read["beta_fast"] = rope.take("beta_fast") or 32
+            read["beta_slow"] = rope.take("beta_slow") or 1
+            read["truncate"] = rope.take("truncate", True)
+        else:
+            if attention is None:
+                attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            read["short_factor"] = tuple(rope.take("short_factor"))
+            read["long_factor"] = tuple(rope.take("long_factor"))
+        read["attention_factor"] = attention
+    elif kind == "dynamic":
+        raise rope.error(
+            "rope_type",
+            kind,
+            "default, linear, llama3, yarn or longrope ('dynamic' changes the frequencies with every token past the "
+            "original length, so that no cache stays true; below that length it is 'default': set that, or 'yarn', in "
+            "config.json)",
+        )
+    elif kind != "default":
+        raise rope.error("rope_type", kind, "default, linear, llama3, yarn or longrope")
+    rope.finish({"partial_rotary_factor": (1.0, None)})
+    return Rope(dim=dim, theta=theta, kind=kind, **read)
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def read_activation(fields: Fields, name: str = "hidden_act") -> str:
+    """Return our name of the activation that the field ``name`` gives."""
+    value = fields.take(name)
+    if value not in _ACTIVATIONS:
+        raise fields.error(name, value, f"one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
+
+
+def read_windows(fields: Fields, layers: int) -> dict[str, Any]:
+    """Return the window size and the blocks that attend within it."""
+    window = fields.take("sliding_window")
+    # transformers has resolved these into `layer_types` and `sliding_window`.
+    for name in ("use_sliding_window", "max_window_layers", "_sliding_window_pattern", "sliding_window_pattern"):
+        fields.take(name)
+    kinds = fields.take("layer_types")
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"] * layers
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise fields.error("layer_types", sorted(unknown), "full_attention or sliding_attention")
+    sliding = tuple(kind == "sliding_attention" for kind in kinds)
+    return {"window": window, "sliding": sliding} if any(sliding) else {}
+
+
+def read_attention_bias(fields: Fields) -> dict[str, Any]:
+    """Return the biases of the attention projections, which ``attention_bias`` turns on together."""
+    bias = fields.take("attention_bias", False)
+    return {"qkv_bias": bias, "o_bias": bias}

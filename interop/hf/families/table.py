@@ -1,0 +1,231 @@
+"""Tables of module names, from which loading, saving and the order of the adapted layers derive.
+
+A :class:`Family` lists its torch modules and where each one's variables are in our module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+
+from interop.hf.families.fields import Fields
+from xlora_jax.layers.adapted import ABSENT, AdaptedLayers, Slot
+from xlora_jax.models import Decoder, DecoderConfig, Transformer
+from xlora_jax.trees import flatten
+
+
+@lru_cache(maxsize=32)
+def abstract_params(module: Transformer) -> Mapping[str, Any]:
+    """Shapes and dtypes of a module's parameters, without making them."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), **module.example_inputs())
+    params: Mapping[str, Any] = variables["params"]
+    return params
+
+
+@dataclass(frozen=True)
+class Module:
+    """One row of a family's table: a torch module and the place of its variables.
+
+    A row of which a model has no parameters (a norm that its config leaves out, say) is passed over.
+
+    Attributes:
+        hf: name of the torch module; inside a block, relative to it. ``*`` counts the experts of a base model's own
+            mixture.
+        path: keys of our module, likewise.
+        kind: a key of :data:`LEAVES`.
+    """
+
+    hf: str
+    path: tuple[str, ...]
+    kind: str
+
+
+def rows(kind: str, *names: str) -> tuple[Module, ...]:
+    """Rows whose keys are the parts of the torch name."""
+    return tuple(Module(name, tuple(name.split(".")), kind) for name in names)
+
+
+# For each kind of module: our leaf -> torch's tensor, and the order of torch's axes in ours (empty: the same). Both
+# directions read this table.
+LEAVES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
+    "linear": {"kernel": ("weight", (1, 0)), "bias": ("bias", ())},
+    # transformers' Conv1D (GPT-2): stored [in, out], which PEFT calls fan_in_fan_out.
+    "linear_in_out": {"kernel": ("weight", ()), "bias": ("bias", ())},
+    "conv": {"kernel": ("weight", (2, 3, 1, 0)), "bias": ("bias", ())},
+    # Not torch modules of their own in transformers 5, so that no adapter can target them.
+    "router": {"kernel": ("weight", (1, 0))},
+    "routed": {"kernel": ("weight", (1, 0))},
+    "embedding": {"embedding": ("weight", ())},
+    "positions": {"embedding": ("weight", ())},
+    "class_token": {"cls_token": ("cls_token", ()), "position_embeddings": ("position_embeddings", ())},
+    "norm": {"scale": ("weight", ()), "bias": ("bias", ())},
+}
+
+# The kinds that LoRA can adapt, and what an adapter calls them.
+ADAPTABLE = {"linear": "linear", "linear_in_out": "linear", "embedding": "embedding", "conv": "conv"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A torch module of one model, and its place.
+
+    Attributes:
+        hf: full torch name, such as ``model.layers.3.mlp.up_proj``.
+        path: keys of the module in our variables.
+        member: index on the leading axes where modules are stacked; empty where they are not.
+        kind: as in :class:`Module`.
+    """
+
+    hf: str
+    path: tuple[str, ...]
+    member: tuple[int, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """A ``model_type`` of transformers.
+
+    Attributes:
+        model_type: its name there.
+        causal_lm: the class that has an output head, as ``architectures`` in config.json names it.
+        read: from config fields to a declaration.
+        before: modules before the blocks, in the order in which torch declares them.
+        blocks: torch name of the list of blocks.
+        block: modules of one block, in torch's order.
+        after: modules behind the blocks.
+        ignored: ends of tensor names that old checkpoints carry and no model reads.
+        renamed: pairs of a part of a torch name and what stands for it in files.
+        formerly: pairs of the end of a tensor's name in old files and what it is now.
+        module: the Flax module that a declaration is for.
+        input_size: the field that says how much there is of what goes in: words, or pixels.
+    """
+
+    model_type: str
+    causal_lm: str
+    read: Callable[[Fields], DecoderConfig]
+    before: tuple[Module, ...]
+    blocks: str
+    block: tuple[Module, ...]
+    after: tuple[Module, ...]
+    ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    formerly: tuple[tuple[str, str], ...] = ()
+    module: type[Transformer] = Decoder
+    input_size: str = "vocab_size"
+
+    def modules(self, module: Transformer) -> Iterator[Placed]:
+        """All modules that have parameters, and an output head that borrows its own.
+
+        They come in torch's pre-order, which is the order in which PEFT numbers adapted layers.
+        """
+        config = module.config
+        present = {path[:-1] for path in flatten(abstract_params(module))}
+        if config.tie_word_embeddings:
+            present.add(("lm_head",))
+        count = config.routed.num_experts if config.routed is not None else 0
+
+        def placed(row: Module, hf: str, path: tuple[str, ...], member: tuple[int, ...]) -> Iterator[Placed]:
+            if path not in present:
+                return
+            if "*" in hf:
+                for e in range(count):
+                    yield Placed(hf.replace("*", str(e)), path, (*member, e), row.kind)
+            else:
+                yield Placed(hf, path, member, row.kind)
+
+        for row in self.before:
+            yield from placed(row, row.hf, row.path, ())
+        for group in config.groups:
+            for i in range(group.start, group.start + group.length):
+                place = ((group.name,), (i - group.start,)) if module.scan_layers else ((f"layers_{i}",), ())
+                for row in self.block:
+                    yield from placed(row, f"{self.blocks}.{i}.{row.hf}", (*place[0], *row.path), place[1])
+        for row in self.after:
+            yield from placed(row, row.hf, row.path, ())
+
+    @property
+    def stem(self) -> str:
+        """What the names of transformers' classes start with."""
+        stem = self.causal_lm.split("For")[0].removesuffix("LMHeadModel")
+        return f"{stem}Text" if self.model_type.endswith("_text") else stem
+
+    @property
+    def prefix(self) -> str:
+        """First part of the torch names, which files lack that were saved without an output head."""
+        return self.before[0].hf.split(".")[0] + "."
+
+    def is_head(self, tensor: str) -> bool:
+        """Whether a tensor, named as in files, is of what stands behind the blocks, for whatever task."""
+        return not tensor.startswith(self.prefix) or tensor.startswith(f"{self.prefix}pooler.")
+
+    def in_file(self, hf: str) -> str:
+        """Return the name in files of a torch module."""
+        for part, stored in self.renamed:
+            hf = hf.replace(part, stored)
+        return hf
+
+    def adapted_layers(self, base: Transformer, adapted: Collection[str], *, with_bias: bool) -> AdaptedLayers:
+        """Number the modules named in ``adapted`` as PEFT does."""
+        names: list[str] = []
+        slots: dict[tuple[str, ...], int | list[int]] = {}
+        for module in self.modules(base):
+            if module.kind not in ADAPTABLE:
+                continue
+            number = ABSENT
+            if module.hf in adapted:
+                number = len(names)
+                names.append(module.hf)
+            if not module.member:
+                slots[module.path] = number
+            else:
+                numbers = slots.setdefault(module.path, [])
+                assert isinstance(numbers, list)
+                numbers.append(number)
+        kept = [
+            Slot(path, tuple(numbers) if isinstance(numbers, list) else numbers)
+            for path, numbers in slots.items()
+            if (set(numbers) if isinstance(numbers, list) else {numbers}) != {ABSENT}
+        ]
+        return AdaptedLayers(tuple(names), tuple(kept), with_bias)
+
+
+EMBED = Module("model.embed_tokens", ("embed_tokens",), "embedding")
+NORM = Module("model.norm", ("norm",), "norm")
+LM_HEAD = Module("lm_head", ("lm_head",), "linear")
+SCORE = Module("score", ("score",), "linear")
+# Of three heads a model has one.
+HEADS = (LM_HEAD, SCORE, Module("score", ("token_classifier",), "linear"))
+HEADS_OF_GPT = (LM_HEAD, SCORE, Module("classifier", ("token_classifier",), "linear"))
+ATTENTION = rows("linear", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+QK_NORMS = rows("norm", "self_attn.q_norm", "self_attn.k_norm")
+MLP = rows("linear", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = (
+    Module("input_layernorm", ("pre_attention_norm",), "norm"),
+    Module("post_attention_layernorm", ("pre_mlp_norm",), "norm"),
+)
+
+NORMS_AROUND = (
+    Module("input_layernorm", ("pre_attention_norm",), "norm"),
+    Module("post_attention_layernorm", ("post_attention_norm",), "norm"),
+    Module("pre_feedforward_layernorm", ("pre_mlp_norm",), "norm"),
+    Module("post_feedforward_layernorm", ("post_mlp_norm",), "norm"),
+)
+
+
+def linears(kind: str = "linear", **paths: str) -> tuple[Module, ...]:
+    """Rows of projections: torch name (``__`` for a dot) to our path."""
+    return tuple(Module(hf.replace("__", "."), tuple(path.split(".")), kind) for hf, path in paths.items())
+
+
+def routed_experts(block: str, router: str, gate: str, up: str, down: str) -> tuple[Module, ...]:
+    """Rows of a mixture of experts, under the names that they have in files."""
+    experts = {gate: "gate_proj", up: "up_proj", down: "down_proj"}
+    return (
+        Module(f"{block}.{router}", ("mlp", "router"), "router"),
+        *(Module(f"{block}.experts.*.{hf}", ("mlp", "experts", ours), "routed") for hf, ours in experts.items()),
+    )

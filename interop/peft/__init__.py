@@ -1,0 +1,1 @@
+"""PEFT LoRA adapters: config, tensors, module names, classification heads."""

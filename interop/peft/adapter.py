@@ -1,0 +1,372 @@
+"""PEFT LoRA adapters: read into plain arrays, checked against a base model, and written back.
+
+What an adapter means is in two files: `adapter_config.json`, whose fields all stand in one table here with what is done
+about each, and the tensors, whose keys name the adapted modules. Nothing in either is dropped in silence.
+
+Axis legend: I inputs, O outputs, r rank, V vocabulary, D width, H and W of a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from interop.peft.config import CONFIG_FILE, PLAIN, AdapterSettings, check_patterns, read_settings
+from interop.storage.atomic import replacing
+from interop.storage.errors import FormatError, listed
+from interop.storage.files import file_in, read_json, write_json
+from interop.storage.hub import resolve
+from interop.storage.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
+
+Kind = Literal["linear", "embedding", "conv"]
+
+WEIGHTS_STEM = "adapter_model"
+_OWNED = (CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")
+_MAX_CONFIG_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """One adapted module. Its contribution is `scale * (x @ a @ b)`, plus `scale * bias` where there is one.
+
+    Attributes:
+        kind: "linear", "embedding" or "conv".
+        a: [I, r]; for an embedding [V, r], for a convolution [H, W, I, r]. In the stored dtype.
+        b: [r, O]; for an embedding [r, D]. In the stored dtype.
+        bias: [O], `lora_B`'s bias, or None.
+        r: the rank.
+        alpha: LoRA's alpha.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout: of the module's input, in training.
+        groups: of a grouped convolution, whose B PEFT stores by group; `b` here is block-diagonal, the groups side by
+            side.
+        base_weight: the base module's own weight in torch's layout, which PEFT stores beside if an embedding is among
+            the targets. The assembler holds it against the base: an expert can't bring a changed base with it.
+    """
+
+    kind: Kind
+    a: NDArray[Any]
+    b: NDArray[Any]
+    bias: NDArray[Any] | None
+    r: int
+    alpha: float
+    scale: float
+    dropout: float
+    base_weight: LazyTensor | None = None
+    velora: LazyTensor | None = None
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter:
+    """A LoRA adapter.
+
+    Attributes:
+        name: the user's name for it.
+        path: the directory that it was read from.
+        config: its `adapter_config.json`, whole.
+        layers: by Hugging Face module path (`model.layers.0.self_attn.q_proj`), in stored order.
+        head: tensors of the classification head that was trained along, by Hugging Face name (`score.weight`) and in
+            torch's layout; none where there was no such head.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    layers: Mapping[str, LoraLayer]
+    head: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """The base model that it was trained on, as its config says."""
+        name: str | None = self.config.get("base_model_name_or_path")
+        return name
+
+    def without_head(self) -> LoraAdapter:
+        """The adapter with its factors only."""
+        return replace(self, head={}, config={**self.config, "modules_to_save": None}) if self.head else self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapter_config.json: every field that any PEFT version wrote, and what is done about it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys of tensors
+
+_PREFIX = "base_model.model."
+_PATH = r"(?P<path>[\w.-]{1,512})"
+# The last group before `weight` is the adapter's name, which PEFT takes out of the keys when it saves.
+_KEYS = (
+    re.compile(_PATH + r"\.(?P<part>lora_[AB])(?:\.[^.]+)?\.weight"),
+    re.compile(_PATH + r"\.lora_B(?:\.[^.]+)?\.(?P<part>bias)"),
+    re.compile(_PATH + r"\.(?P<part>lora_embedding_[AB])(?:\.[^.]+)?"),
+    re.compile(_PATH + r"\.(?P<part>base_layer)\.weight"),
+    re.compile(_PATH + r"\.(?P<part>lora_velora_embed)(?:\.[^.]+)?"),
+)
+
+
+def _short(key: str) -> str:
+    while key.startswith(_PREFIX):
+        key = key.removeprefix(_PREFIX)
+    return key
+
+
+def _split_head(
+    tensors: Mapping[str, LazyTensor], heads: Sequence[str], where: str
+) -> tuple[dict[str, NDArray[Any]], dict[str, LazyTensor]]:
+    """The tensors of a classification head, under the base's names, and the others."""
+    head: dict[str, NDArray[Any]] = {}
+    rest: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():
+        short = _short(key)
+        if short.split(".")[0] in heads and re.fullmatch(r"\w+(\.\w+)?\.(weight|bias)", short):
+            if len(tensor.shape) != (2 if short.endswith("weight") else 1) or 0 in tensor.shape:
+                raise FormatError(f"{where}: {key!r} has shape {list(tensor.shape)}; expected a dense layer's.")
+            head[short] = read_finite(tensor)
+        else:
+            rest[key] = tensor
+    if heads and not head:
+        raise FormatError(
+            f"{where}: no tensor of a classification head, though modules_to_save names {listed(heads)}; expected keys "
+            f"like {_PREFIX}{heads[0]}.weight. The file was cut: save the adapter again."
+        )
+    return head, rest
+
+
+def _by_module(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, dict[str, LazyTensor]]:
+    """The tensors of each adapted module by part: lora_A, lora_B, bias, lora_embedding_A, ..., base_layer."""
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    unknown: list[str] = []
+    for key, tensor in tensors.items():
+        short = _short(key)
+        match = next((match for pattern in _KEYS if (match := pattern.fullmatch(short))), None)
+        if match is None:
+            unknown.append(key)
+            continue
+        parts = modules.setdefault(match["path"], {})
+        if match["part"] in parts:
+            first = parts[match["part"]].name
+            raise FormatError(f"{where}: {first!r} and {key!r} are both {match['part']} of {match['path']!r}.")
+        parts[match["part"]] = tensor
+    if unknown:
+        raise FormatError(
+            f"{where}: {len(unknown)} tensors are no part of a LoRA adapter, which would not be complete without them: "
+            f"{listed(unknown)}. Expected keys like {_PREFIX}<module>.lora_A.weight. What you can do: {PLAIN} (where "
+            f"these are embeddings: save it with save_embedding_layers=False)."
+        )
+    if not modules:
+        raise FormatError(f"{where}: no LoRA tensors; expected keys like {_PREFIX}<module>.lora_A.weight.")
+    return modules
+
+
+def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: AdapterSettings, where: str) -> LoraLayer:
+    is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    if is_embedding and settings.bias:
+        raise FormatError(f"{where}: lora_bias is set, but {path!r} is an embedding, which has none in PEFT.")
+    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    wanted = {*names, "bias"} if settings.bias else set(names)
+    found = parts.keys() - {"base_layer", "lora_velora_embed"}
+    if found != wanted:
+        raise FormatError(
+            f"{where}: {path!r} has {listed(sorted(found)) or 'nothing'}; expected {listed(sorted(wanted))} (lora_bias "
+            f"is {str(settings.bias).lower()}). The file was cut or mixed: save the adapter again."
+        )
+    first, second = (parts[name] for name in names)
+    kind = _kind(first, second, where)
+    rank, alpha = settings.of(path)
+    groups = _groups(second, rank) if kind == "conv" else 1
+    for tensor, axis in ((first, 0), (second, 1)):
+        if tensor.shape[axis] * (groups if tensor is second else 1) != rank:
+            raise FormatError(
+                f"{where}: {tensor.name!r} has shape {list(tensor.shape)}, so rank {tensor.shape[axis]}; expected "
+                f"{rank}, by r and rank_pattern in {CONFIG_FILE}. Config and weights are of different adapters."
+            )
+    bias = parts.get("bias")
+    if bias is not None and bias.shape != second.shape[:1]:
+        raise FormatError(f"{where}: {bias.name!r} has shape {list(bias.shape)}; expected {list(second.shape[:1])}.")
+    a, b = read_finite(first), read_finite(second)
+    return LoraLayer(
+        kind=kind,
+        a=a.transpose(2, 3, 1, 0) if kind == "conv" else a.T,
+        b=_block_diagonal(b.reshape(b.shape[:2]), groups),
+        bias=None if bias is None else read_finite(bias),
+        r=rank,
+        alpha=alpha,
+        scale=settings.scale(rank, alpha),
+        dropout=settings.dropout,
+        base_weight=parts.get("base_layer"),
+        velora=parts.get("lora_velora_embed"),
+        groups=groups,
+    )
+
+
+def _groups(b: LazyTensor, rank: int) -> int:
+    """The groups of a convolution, from its B [O, rank / groups, 1, 1]."""
+    groups = rank // b.shape[1]
+    return groups if groups * b.shape[1] == rank and b.shape[0] % groups == 0 else 1
+
+
+def _block_diagonal(b: NDArray[Any], groups: int) -> NDArray[Any]:
+    """[r, O] from the stored [O, r / groups]: each group's outputs see its own part of the rank."""
+    if groups == 1:
+        return b.T
+    width, rank = b.shape[0] // groups, b.shape[1]
+    whole = np.zeros((rank * groups, b.shape[0]), b.dtype)
+    for group in range(groups):
+        own = slice(group * width, (group + 1) * width)
+        whole[group * rank : (group + 1) * rank, own] = b[own].T
+    return whole
+
+
+def _by_group(adapter: LoraAdapter, path: str) -> NDArray[Any]:
+    """The inverse: [O, r / groups] of a layer."""
+    layer = adapter.layers[path]
+    rank, width = (size // layer.groups for size in layer.b.shape)
+    blocks = [
+        layer.b[group * rank : (group + 1) * rank, group * width : (group + 1) * width].T
+        for group in range(layer.groups)
+    ]
+    stored = np.concatenate(blocks)
+    if not np.array_equal(_block_diagonal(stored, layer.groups), layer.b):
+        raise FormatError(
+            f"adapter {adapter.name!r}: {path!r} is a convolution of {layer.groups} groups, and its B joins outputs of "
+            f"one with ranks of another, which PEFT can't store; expected zeros outside of the groups' blocks."
+        )
+    return stored
+
+
+def _kind(first: LazyTensor, second: LazyTensor, where: str) -> Kind:
+    dimensions = (len(first.shape), len(second.shape))
+    if 0 not in first.shape + second.shape:
+        if dimensions == (2, 2):
+            return "embedding" if "lora_embedding_A" in first.name else "linear"
+        if dimensions == (4, 4) and second.shape[2:] == (1, 1):
+            return "conv"
+    raise FormatError(
+        f"{where}: {first.name!r} {list(first.shape)} and {second.name!r} {list(second.shape)} are no pair; expected "
+        f"[r, in] and [out, r], or [r, in, h, w] and [out, r, 1, 1] for a 2d convolution."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **hub_options: Any) -> LoraAdapter:
+    """Reads a PEFT LoRA adapter.
+
+    Args:
+        dir_or_id: its directory or hub id; or its weights' file where the config stands beside under the same name
+            (`math.safetensors`, `math.json`), as mistral.rs has it.
+        name: the name that it gets; None takes the last part of `dir_or_id` (or of `subfolder`).
+        **hub_options: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, as of
+            `interop.storage.hub.resolve`.
+
+    Returns:
+        The adapter, with all factors in memory, in their stored dtypes.
+
+    Raises:
+        FileNotFoundError: no such directory or repository, or no adapter in it.
+        FormatError: what is there is broken, incomplete, or an option that no expert can have. The message names the
+            adapter, the tensor or option, and the remedy.
+    """
+    weights = Path(dir_or_id).expanduser()
+    flat = weights.suffix == ".safetensors" and weights.is_file()
+    files = (CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors")
+    directory = weights.parent if flat else resolve(dir_or_id, files=files, **hub_options)
+    if name is None:
+        name = weights.stem if flat else Path(hub_options.get("subfolder") or weights.absolute()).name
+    where = f"adapter {name!r} ({directory})"
+    config_file = weights.with_suffix(".json").name if flat else CONFIG_FILE
+    config_path = file_in(directory, config_file)
+    if config_path is None:
+        raise FileNotFoundError(f"{where}: no {config_file}; expected the directory of a PEFT LoRA adapter.")
+    config = read_json(config_path, _MAX_CONFIG_BYTES)
+    settings = read_settings(config, where)
+    tensors = open_file(weights) if flat else open_tensors(directory, WEIGHTS_STEM)
+    head, tensors = _split_head(tensors, settings.heads, where)
+    modules = _by_module(tensors, where)
+    check_patterns(settings, modules, where)
+    layers = {path: _read_layer(path, parts, settings, where) for path, parts in modules.items()}
+    embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
+    if settings.tied and embeddings:
+        raise FormatError(
+            f"{where}: ensure_weight_tying with {embeddings[0]!r} among the targets can't be an expert: the factors of "
+            f"two modules are one. What you can do: train without it, or without embeddings among the targets."
+        )
+    return LoraAdapter(name=name, path=directory, config=config, layers=layers, head=head)
+
+
+def save_lora(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> None:
+    """Writes an adapter as a PEFT directory, which `PeftModel.from_pretrained` and `load_lora` read.
+
+    The config is the original one but for what the layers changed (a rank or alpha of their own); tensors are written
+    in the dtypes that they have, so an unchanged adapter comes back bit by bit.
+
+    Raises:
+        FileExistsError: the directory holds files that are no adapter's.
+    """
+    with replacing(directory, owned=_OWNED) as partial:
+        write_lora(adapter, partial)
+
+
+def write_lora(adapter: LoraAdapter, directory: Path) -> None:
+    """Writes an adapter's two files into an existing directory; `save_lora` without the replacing."""
+    write_json(directory / CONFIG_FILE, adapter_config(adapter))
+    write_safetensors(directory / f"{WEIGHTS_STEM}.safetensors", adapter_tensors(adapter))
+
+
+def adapter_tensors(adapter: LoraAdapter) -> dict[str, NDArray[Any] | LazyTensor]:
+    """The adapter's tensors under PEFT's keys, in torch's layout."""
+    tensors: dict[str, NDArray[Any] | LazyTensor] = {}
+    for path, layer in adapter.layers.items():
+        prefix = f"{_PREFIX}{path}.lora_"
+        if layer.base_weight is not None:
+            tensors[f"{_PREFIX}{path}.base_layer.weight"] = layer.base_weight
+        if layer.velora is not None:
+            tensors[f"{prefix}velora_embed"] = layer.velora
+        if layer.kind == "embedding":
+            tensors[f"{prefix}embedding_A"], tensors[f"{prefix}embedding_B"] = layer.a.T, layer.b.T
+            continue
+        conv = layer.kind == "conv"
+        tensors[f"{prefix}A.weight"] = layer.a.transpose(3, 2, 0, 1) if conv else layer.a.T
+        tensors[f"{prefix}B.weight"] = _by_group(adapter, path)[:, :, None, None] if conv else layer.b.T
+        if layer.bias is not None:
+            tensors[f"{prefix}B.bias"] = layer.bias
+    return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
+
+
+def adapter_config(adapter: LoraAdapter) -> dict[str, Any]:
+    """The adapter's config: the original, with patterns for the layers whose rank or alpha it doesn't give."""
+    config = dict(adapter.config)
+    settings = read_settings(config, f"adapter {adapter.name!r}")
+    if any(settings.of(path) != (layer.r, layer.alpha) for path, layer in adapter.layers.items()):
+        ranks = {path: layer.r for path, layer in adapter.layers.items() if layer.r != settings.r}
+        alphas = {path: layer.alpha for path, layer in adapter.layers.items() if layer.alpha != settings.alpha}
+        config |= {"rank_pattern": _as_patterns(ranks), "alpha_pattern": _as_patterns(alphas)}
+    for path, layer in adapter.layers.items():
+        scale = settings.scale(layer.r, layer.alpha)
+        if not math.isclose(layer.scale, scale, rel_tol=1e-6):
+            raise FormatError(
+                f"adapter {adapter.name!r}: {path!r} has scale {layer.scale}, but its r and alpha give {scale}; "
+                f"change alpha."
+            )
+    return config
+
+
+def _as_patterns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Full paths as patterns. `^` keeps a short path from matching the end of a longer one."""
+    return {"^" + re.escape(path): value for path, value in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter's module names, and the base's

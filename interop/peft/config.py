@@ -1,0 +1,312 @@
+"""Read `adapter_config.json`.
+
+One table names each field that any PEFT version wrote, and whether it is read, has no effect, or is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from interop.storage.errors import FormatError, brief, listed
+
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class _Handled:
+    """The field is read."""
+
+
+@dataclass(frozen=True)
+class _NoEffect:
+    """Whatever its value, the stored A and B mean the same."""
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Any value but the neutral ones would need what isn't here."""
+
+    neutral: tuple[object, ...]
+    why: str
+    remedy: str
+
+
+_MERGE = "merge the adapter into its base with PEFT (merge_and_unload) and extract a plain LoRA, or train one"
+PLAIN = "train a plain LoRA adapter"
+_NOTHING: tuple[object, ...] = (None, [], {}, False, "")
+
+_FIELDS: dict[str, _Handled | _NoEffect | _Refused] = {
+    "peft_type": _Handled(),
+    "base_model_name_or_path": _Handled(),
+    "r": _Handled(),
+    "lora_alpha": _Handled(),
+    "rank_pattern": _Handled(),
+    "alpha_pattern": _Handled(),
+    "use_rslora": _Handled(),
+    "lora_dropout": _Handled(),
+    "lora_bias": _Handled(),
+    "init_lora_weights": _Handled(),
+    "ensure_weight_tying": _Handled(),
+    # What they selected shows in the stored keys.
+    "target_modules": _NoEffect(),
+    "exclude_modules": _NoEffect(),
+    "layers_to_transform": _NoEffect(),
+    "layers_pattern": _NoEffect(),
+    # About the base's weight, the training, or the file.
+    "fan_in_fan_out": _NoEffect(),
+    "velora_config": _NoEffect(),
+    "eva_config": _NoEffect(),
+    "corda_config": _NoEffect(),
+    "loftq_config": _NoEffect(),
+    "lora_ga_config": _NoEffect(),
+    "qalora_group_size": _NoEffect(),
+    "megatron_core": _NoEffect(),
+    "merge_weights": _NoEffect(),
+    "runtime_config": _NoEffect(),
+    "task_type": _NoEffect(),
+    "inference_mode": _NoEffect(),
+    "auto_mapping": _NoEffect(),
+    "peft_version": _NoEffect(),
+    "revision": _NoEffect(),
+    "use_dora": _Refused(_NOTHING, "DoRA rescales the base's weights (PEFT's X-LoRA refuses it too)", _MERGE),
+    "bias": _Refused(
+        ("none", *_NOTHING), "it trained biases of the base, and experts would overwrite each other", PLAIN
+    ),
+    "modules_to_save": _Handled(),
+    "trainable_token_indices": _Refused(_NOTHING, "it replaces rows of the base's embedding", PLAIN),
+    "layer_replication": _Refused(_NOTHING, "its base has replicated layers", PLAIN),
+    "target_parameters": _Refused(_NOTHING, "it adapts parameters that are no modules", PLAIN),
+    "alora_invocation_tokens": _Refused(_NOTHING, "aLoRA acts from certain tokens on only", PLAIN),
+    "use_qalora": _Refused(_NOTHING, "QALoRA pools the inputs", PLAIN),
+    "use_bdlora": _Refused(_NOTHING, "BD-LoRA has block-diagonal factors", PLAIN),
+    "kasa_config": _Refused(_NOTHING, "KaSA changes the base's weights and has a third factor", PLAIN),
+    "arrow_config": _Refused(
+        _NOTHING, "Arrow routes among adapters by itself", "load the adapters it routes to as experts"
+    ),
+    "monteclora_config": _Refused(_NOTHING, "MonteCLoRA samples its factors", PLAIN),
+    "megatron_config": _Refused(
+        _NOTHING, "Megatron's parallel layers are not supported", "convert the adapter to HF's layers"
+    ),
+    "enable_lora": _Refused(_NOTHING, "the merged projections of PEFT 0.2 are not supported", PLAIN),
+}
+
+# Names of classification heads in transformers. PEFT saves them whole for task_type SEQ_CLS and TOKEN_CLS: which of the
+# two a model has shows in the stored keys.
+_HEADS = ("classifier", "score")
+# Initialisations that leave the base as it was. The others (pissa, olora, corda, loftq, lora_ga) change it.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What `adapter_config.json` says about the forward pass, checked."""
+
+    r: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    dropout: float
+    bias: bool
+    tied: bool
+    heads: tuple[str, ...]
+
+    def of(self, path: str) -> tuple[int, float]:
+        """Rank and alpha of the module at `path`."""
+        rank = self.rank_pattern.get(_pattern_for(self.rank_pattern, path), self.r)
+        alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, path), self.alpha)
+        return rank, alpha
+
+    def scale(self, r: int, alpha: float) -> float:
+        """Return the factor of the contribution: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def _pattern_for(patterns: Iterable[str], path: str) -> str:
+    """The first pattern that is a regular expression of the path or of its end after a dot, as PEFT 0.21 matches."""
+    return next((pattern for pattern in patterns if _compiled(pattern).match(path)), path)
+
+
+@lru_cache(2**15)  # re's own cache holds 512, fewer than large adapters have
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
+    """Read and check an adapter's config; ``where`` names the adapter in errors."""
+    if config.get("peft_type") != "LORA":
+        raise FormatError(
+            f"{where}: peft_type is {config.get('peft_type')!r}; expected 'LORA', other kinds can't be experts."
+        )
+    for name, value in config.items():
+        _check_field(name, value, where)
+    _check_initialisation(config.get("init_lora_weights"), where)
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise FormatError(f"{where}: base_model_name_or_path should be a string, got {base!r}.")
+    if "r" not in config:
+        raise FormatError(f"{where}: the field r (the rank) is missing.")
+    r = _checked(where, "r", config["r"], _is_rank, "an integer of at least 1")
+    alpha = _checked(where, "lora_alpha", config.get("lora_alpha", 8), _is_number, "a number")
+    dropout = _checked(
+        where,
+        "lora_dropout",
+        config.get("lora_dropout", 0.0),
+        _is_dropout,
+        "a number of at least 0 and below 1",
+    )
+    return AdapterSettings(
+        r=r,
+        alpha=alpha,
+        rank_pattern=_read_pattern(config, "rank_pattern", where, _is_rank, "an integer of at least 1"),
+        alpha_pattern=_read_pattern(config, "alpha_pattern", where, _is_number, "a number"),
+        use_rslora=_read_bool(config, "use_rslora", where),
+        dropout=dropout,
+        bias=_read_bool(config, "lora_bias", where),
+        tied=_read_bool(config, "ensure_weight_tying", where),
+        heads=_read_heads(config, where),
+    )
+
+
+def _read_heads(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    saved: list[Any] = _checked(
+        where,
+        "modules_to_save",
+        config.get("modules_to_save") or [],
+        lambda value: type(value) is list and all(type(name) is str for name in value),
+        "a list of modules' names",
+    )
+    if others := [name for name in saved if name not in _HEADS]:
+        raise FormatError(
+            f"{where}: modules_to_save = {brief(others)} can't be an expert: it replaces whole modules of the base; "
+            f"expected none but a classification head ({listed(_HEADS)}). What you can do: {PLAIN}."
+        )
+    return tuple(dict.fromkeys(saved))
+
+
+def _check_field(name: str, value: object, where: str) -> None:
+    rule = _FIELDS.get(name)
+    if rule is None and not _is_one_of(value, _NOTHING):
+        raise FormatError(
+            f"{where}: unknown field {name!r} = {brief(value)}. It may change what the adapter means, so it isn't "
+            f"ignored; remove it if you know that it doesn't, or update this library."
+        )
+    if isinstance(rule, _Refused) and not _is_one_of(value, rule.neutral):
+        raise FormatError(
+            f"{where}: {name} = {brief(value)} can't be an expert: {rule.why}. What you can do: {rule.remedy}."
+        )
+
+
+def _check_initialisation(value: object, where: str) -> None:
+    if isinstance(value, str):
+        value = value.lower()
+    if not _is_one_of(value, _PLAIN_INITIALISATIONS):
+        raise FormatError(
+            f"{where}: init_lora_weights = {brief(value)} can't be an expert: that initialisation changed the base's "
+            f"weights. What you can do: convert it with PEFT, save_pretrained(..., "
+            f"path_initial_model_for_weight_conversion=...), which stores a plain LoRA."
+        )
+
+
+def _is_one_of(value: object, choices: Iterable[object]) -> bool:
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _is_dropout(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _checked(where: str, name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> Any:
+    if not holds(value):
+        raise FormatError(f"{where}: {name} should be {expected}, got {brief(value)} ({type(value).__name__}).")
+    return value
+
+
+def _read_bool(config: Mapping[str, Any], name: str, where: str) -> bool:
+    value: bool = _checked(where, name, config.get(name) or False, lambda value: type(value) is bool, "true or false")
+    return value
+
+
+def _read_pattern(
+    config: Mapping[str, Any], name: str, where: str, holds: Callable[[Any], bool], expected: str
+) -> dict[str, Any]:
+    patterns: dict[str, Any] = _checked(
+        where, name, config.get(name) or {}, lambda value: type(value) is dict, "an object of pattern to value"
+    )
+    if len(patterns) > _MAX_PATTERNS:
+        raise FormatError(f"{where}: {name} has {len(patterns)} entries; expected at most {_MAX_PATTERNS}.")
+    for pattern, value in patterns.items():
+        _checked(where, f"{name}[{brief(pattern)}]", value, holds, expected)
+    return patterns
+
+
+# Matching is by backtracking, and the patterns of an adapter from anywhere must not take for ever. In steps of some
+# 10 ns: with 100 million, patterns that list each of 1000 modules pass.
+_MAX_MATCHING_STEPS = 100_000_000
+_COMPILING_STEPS = 10_000
+_MAX_PATTERNS = 10_000
+
+
+def check_patterns(settings: AdapterSettings, paths: Collection[str], where: str) -> None:
+    """Raises FormatError for patterns that are no regular expressions, or whose matching could take long."""
+    longest = max(map(len, paths))
+    for name, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        steps = 0.0
+        for pattern in patterns:
+            repeats = _repeats(pattern)
+            if repeats is None:
+                raise FormatError(
+                    f"{where}: {name} holds {brief(pattern)}, whose repeated group has choices in it: matching it "
+                    f"could take for ever. Write it without, or list the modules by name."
+                )
+            backtracking = 2 * longest**repeats / math.factorial(repeats) if repeats else 0
+            steps += _COMPILING_STEPS + len(paths) * (16 + len(pattern) + backtracking)
+        if steps > _MAX_MATCHING_STEPS:
+            raise FormatError(
+                f"{where}: {name} has {len(patterns)} entries for {len(paths)} stored modules; matching them would "
+                f"take too long. Remove entries that match no stored module, or use fewer '.*'."
+            )
+        for pattern in patterns:
+            try:
+                _compiled(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise FormatError(
+                    f"{where}: {name} holds {brief(pattern)}: no regular expression ({error})."
+                ) from error
+
+
+def _repeats(pattern: str) -> int | None:
+    """How many parts of a regular expression may repeat; None if a repeated group holds a repetition or a choice.
+
+    With that None excluded, matching a text of n characters takes at most about n**repeats / repeats! steps.
+    """
+    tokens = re.findall(r"\\.|\[\^?\]?[^\]]*\]|\(\?[:=!]|[*+?{][?+]?|.", pattern, re.DOTALL)
+    repeats, open_groups, closed = 0, [False], False
+    for token in tokens:
+        if token[0] == "(":
+            open_groups.append(False)
+        elif token == "|":
+            open_groups[-1] = True
+        elif token[0] in "*+?{" and len(token) <= 2:
+            if closed and token[0] != "?":
+                return None
+            repeats += 1
+            open_groups[-1] = True
+        closed = False
+        if token == ")" and len(open_groups) > 1:
+            closed = open_groups.pop()
+            open_groups[-1] |= closed
+    return repeats

@@ -1,0 +1,1 @@
+"""Bytes on disk, whatever they mean: files, tensors, the hub, atomic writes."""

@@ -1,0 +1,90 @@
+"""Files of a directory that nobody vouches for: they stay inside it, and JSON in it is an object or refused."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from interop.storage.errors import FormatError
+
+# Larger than any real one (an index of 100,000 tensors has 10 MB), small enough to be parsed in about a second.
+_MAX_JSON_BYTES = 32 * 2**20
+
+
+def file_in(directory: Path, name: str) -> Path | None:
+    """The regular file `name` directly in `directory`, or None where there is no such entry.
+
+    Symlinks are followed if they end in the directory. A snapshot in the hub's cache consists of links to the `blobs`
+    of the same repository, so these are followed too.
+
+    Raises:
+        FormatError: a name with a path in it, a link that leaves the directory or is broken, or not a regular file.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise FormatError(f"{directory}: {name!r} points outside the directory; expected a plain file name.")
+    path = directory / name
+    if not path.is_symlink() and not path.exists():
+        return None
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise FormatError(f"{path}: a broken link ({error}); download or copy the file again.") from error
+    if not any(real.is_relative_to(root) for root in _roots(directory)):
+        raise FormatError(
+            f"{path}: a link that leaves the directory, to {real}; copy the file itself into the directory."
+        )
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise FormatError(f"{path}: expected a regular file.")
+    return path
+
+
+def _roots(directory: Path) -> Iterator[Path]:
+    root = directory.resolve()
+    yield root
+    for parent in root.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            yield parent.parent / "blobs"
+
+
+def read_json(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FormatError: not JSON, not an object, a key that stands twice in one object, NaN or infinity, or too large.
+    """
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise FormatError(f"{path}: {size} bytes of JSON; expected at most {max_bytes}.")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `text`; `where` names it in errors. Raises FormatError as `read_json` does."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as JSON, indented, in the order of its keys."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,107 @@
+"""From a directory or a hub id to a directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from interop.storage.errors import FormatError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a repository's id, `name` or `org/name`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def resolve(
+    dir_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    files: Sequence[str] = ("*.json", "*.safetensors"),
+) -> Path:
+    """The directory that `dir_or_id` means, after a download from the hub if it is not there yet.
+
+    An existing directory is taken as it is; anything else is a hub id. What is cached is not downloaded again, and with
+    `local_files_only` or `HF_HUB_OFFLINE=1` nothing is downloaded at all.
+
+    Args:
+        dir_or_id: a directory, or a hub id such as `org/name`.
+        revision: branch, tag or commit on the hub; None is the default branch. Of no effect for a directory.
+        subfolder: a folder in it.
+        token: for private or gated repositories; None takes the one of `hf auth login`.
+        cache_dir: where downloads are kept; None takes the hub's default.
+        local_files_only: look into the cache only.
+        files: glob patterns of the files to download. Where no safetensors come, their `.bin` and `.pt` forms do.
+
+    Returns:
+        The directory, with `subfolder` appended.
+
+    Raises:
+        FileNotFoundError: neither a directory nor a repository that can be reached or is cached.
+        NotADirectoryError: a file.
+        FormatError: a subfolder that leaves the directory.
+    """
+    if subfolder is not None:
+        parts = PurePosixPath(subfolder).parts
+        if not parts or subfolder.startswith("/") or ".." in parts or "\\" in subfolder:
+            raise FormatError(f"subfolder {subfolder!r}: expected a relative path within {dir_or_id}.")
+    path = Path(dir_or_id).expanduser()
+    if path.is_file():
+        raise NotADirectoryError(f"{path}: a file; pass the directory that it is in.")
+    if path.is_dir():
+        root = path
+    else:
+        text = os.fspath(dir_or_id)
+        if not isinstance(dir_or_id, str) or not is_hub_id(text):
+            raise FileNotFoundError(f"{text}: no such directory (and not of the form of a hub id, org/name).")
+        root = _download(text, revision, subfolder, token, cache_dir, local_files_only, files)
+    directory = root if subfolder is None else root / subfolder
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{dir_or_id}: no folder {subfolder!r} in it.")
+    return directory
+
+
+def _download(
+    repo_id: str,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    files: Sequence[str],
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def get(patterns: Sequence[str]) -> Path:
+        snapshot = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+            allow_patterns=[pattern if subfolder is None else f"{subfolder}/{pattern}" for pattern in patterns],
+        )
+        return Path(snapshot)
+
+    try:
+        root = get(files)
+        if not any(root.rglob("*.safetensors")):
+            stems = [pattern.removesuffix(".safetensors") for pattern in files if pattern.endswith(".safetensors")]
+            root = get([stem + extension for stem in stems for extension in (".bin", ".pt")] + list(files))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        at = "" if revision is None else f" at revision {revision}"
+        raise FileNotFoundError(
+            f"{repo_id}: no such directory, and the hub's repository of that name{at} is neither cached nor to be had. "
+            f"Check the spelling; for a private or gated one pass token=... or run `hf auth login`; offline, download "
+            f"it first where there is a network (`hf download {repo_id}`). The hub says: {error}"
+        ) from error
+    return root

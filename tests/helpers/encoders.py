@@ -1,0 +1,83 @@
+"""Small random encoders of transformers with a classification head, their inputs and adapters: BERT, RoBERTa, ViT."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from tests.helpers.reference import randomise, tensors
+
+_SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TEXT = {**_SHAPE, "vocab_size": 61, "max_position_embeddings": 32, "layer_norm_eps": 3e-3, "num_labels": 5}
+_TEXT |= {"hidden_act": "gelu_new", "type_vocab_size": 3}
+_ROBERTA = {**_TEXT, "pad_token_id": 1}
+_IMAGE = {**_SHAPE, "image_size": (8, 12), "patch_size": (4, 2), "num_channels": 2, "num_labels": 5}
+_IMAGE |= {"qkv_bias": False, "layer_norm_eps": 3e-3}
+# Class in transformers, config fields, modules that the experts adapt.
+CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "bert sequence": (
+        "BertForSequenceClassification",
+        _TEXT,
+        ["query", "value", "output.dense", "pooler.dense", "word_embeddings"],
+    ),
+    "bert token": ("BertForTokenClassification", _TEXT, ["key", "intermediate.dense"]),
+    "roberta sequence": ("RobertaForSequenceClassification", _ROBERTA, ["query", "output.dense"]),
+    "roberta token": ("RobertaForTokenClassification", _ROBERTA, ["value", "intermediate.dense"]),
+    "vit": ("ViTForImageClassification", _IMAGE, ["q_proj", "fc2", "classifier"]),
+}
+
+
+def encoder_inputs(case: str, **changes: Any) -> dict[str, np.ndarray]:
+    """Three rows: tokens with padding on the right and on the left, and types; or images."""
+    options = {**CASES[case][1], **changes}
+    random = np.random.default_rng(0)
+    if case == "vit":
+        return {"pixel_values": random.normal(size=(3, options["num_channels"], *options["image_size"])).astype("f4")}
+    padding = options.get("pad_token_id", 1)
+    ids = random.integers(padding + 1, options["vocab_size"], (3, 9)).astype(np.int32)
+    mask = np.ones_like(ids)
+    mask[1, 6:] = 0
+    mask[2, :2] = 0
+    types = random.integers(0, options["type_vocab_size"], (3, 9)).astype(np.int32)
+    return {"input_ids": np.where(mask, ids, padding).astype("i4"), "attention_mask": mask, "token_type_ids": types}
+
+
+def make_encoder(case: str, directory: Path, **changes: Any) -> Any:
+    """The random model of transformers, with `changes` to its config, saved as a Hugging Face directory too."""
+    name, options, _ = CASES[case]
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**{**copy.deepcopy(options), **changes})).eval()
+    randomise(model, 0)
+    model.save_pretrained(directory)
+    return model
+
+
+def run_encoder(model: Any, inputs: Mapping[str, np.ndarray], **more: Any) -> Any:
+    with torch.no_grad():
+        return model(**tensors(inputs), **more)
+
+
+def adapters_on(model: Any, targets: Sequence[str], directory: Path, **lora: Any) -> list[Path]:
+    """Three adapters made by PEFT, of unequal rank and targets, with A and B random; heads too, where saved beside."""
+    paths = []
+    for number, (rank, own) in enumerate(((2, targets), (3, targets[:1]), (4, targets[-1:]))):
+        config = LoraConfig(r=rank, lora_alpha=2 * rank + 1, target_modules=list(own), **lora)
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if ".lora_" in name or ".modules_to_save." in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted.save_pretrained(str(directory / str(number)))
+        paths.append(directory / str(number))
+    return paths

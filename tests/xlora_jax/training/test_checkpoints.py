@@ -1,0 +1,201 @@
+"""Checkpoints: complete or absent, and runs that are killed and resumed end where the undisturbed run ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers.resumable_training import CONFIG, model_and_rows
+from tests.helpers.synthetic import batch, synthetic
+from xlora_jax.training.checkpoints import CheckpointError, Checkpoints
+from xlora_jax.training.step import init_train_state, make_train_step
+from xlora_jax.training.trainer import train
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "tests" / "helpers" / "resumable_training.py"
+
+
+def equal(a, b):
+    a, b = (jax.tree.map(lambda x: jax.random.key_data(x) if x.dtype.name.startswith("key") else x, t) for t in (a, b))
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    model, params = synthetic(use_trainable_adapters=True)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    state, frozen = init_train_state(params, model.config, optimizer, seed=5)
+    step = make_train_step(model, optimizer)
+    with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        assert checkpoints.restore(state) is None
+        for number in range(3):
+            state, _ = step(state, frozen, batch(seed=number))
+            checkpoints.save(state, {"loader": {"next_index": number}})
+    like, _ = init_train_state(params, model.config, optimizer)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest == 3
+        restored, data = checkpoints.restore(like)
+    assert data == {"loader": {"next_index": 2}}
+    assert equal(restored, state)
+    assert not equal(restored, like)
+    kept = [entry for entry in (tmp_path / "run").iterdir() if entry.name.isdigit()]
+    assert sorted(entry.name for entry in kept) == ["2", "3"]
+    again, _ = step(restored, frozen, batch(seed=9))
+    assert int(again.step) == 4
+
+
+def test_the_frozen_base_is_not_saved(tmp_path):
+    model, params = synthetic(layers=6)
+    state, _ = init_train_state(params, model.config, optax.sgd(1e-2))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    learnt = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(params["base"]))
+    assert size < learnt + 40_000 < base
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(CheckpointError, match="no checkpoints can be written here"):
+        Checkpoints(tmp_path / "file" / "run")
+
+
+def test_another_model_is_refused(tmp_path):
+    model, params = synthetic()
+    state, _ = init_train_state(params, model.config, optax.sgd(1e-2))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+    model, params = synthetic(xlora_size=20)
+    other, _ = init_train_state(params, model.config, optax.sgd(1e-2))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="another output directory"):
+        checkpoints.restore(other)
+
+
+def test_other_settings_are_refused(tmp_path):
+    model, rows = model_and_rows()
+    config = dataclasses.replace(CONFIG, steps=2, checkpoint_every=0)
+    train(model, rows, config, output=tmp_path)
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 there, 0.1 now"):
+        train(model, rows, dataclasses.replace(config, learning_rate=0.1), output=tmp_path)
+
+
+def start(output, *arguments, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(output), *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == code, out[-3000:]
+    return out
+
+
+def logged(output):
+    path = Path(output) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def wait_for(output, step, process):
+    while step not in logged(output):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+
+
+def learnt(output):
+    with np.load(f"{output}.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(output))
+    return learnt(output)
+
+
+@pytest.mark.slow
+def test_sigkill_at_a_random_moment_then_resume_is_bit_exact(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    for moment in (random.randint(6, 15), random.randint(20, 32)):
+        process = start(output, 0.05)
+        wait_for(output, moment, process)
+        time.sleep(random.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not Path(f"{output}.npz").exists()
+    finish(start(output))
+    after = learnt(output)
+    assert after.keys() == undisturbed.keys()
+    for name, value in after.items():
+        assert np.array_equal(value, undisturbed[name]), name
+    # Metrics have each step once.
+    assert logged(output) == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    process = start(output, 0.05)
+    wait_for(output, 9, process)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert "finished=False" in out
+    stopped = int(out.split("step=")[1].split()[0])
+    assert stopped < 40
+    assert (output / "checkpoints" / str(stopped)).is_dir()
+    assert "step=40" in finish(start(output))
+    assert all(np.array_equal(value, undisturbed[name]) for name, value in learnt(output).items())
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_several_processes_stops_all_at_one_step_and_another_mesh_goes_on(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pair = [start(output, 0.1, 2, "none", 2, rank, port) for rank in (0, 1)]
+    wait_for(output, 6, pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    stopped = {finish(process).split("finished=False step=")[1].split()[0] for process in pair}
+    assert len(stopped) == 1
+    assert int(*stopped) < 40
+    assert (output / "checkpoints" / stopped.pop()).is_dir()
+    # One process with eight devices goes on where two with one each stopped.
+    assert "step=40" in finish(start(output, 0, 4, devices=8))
+    for name, value in learnt(output).items():
+        assert np.linalg.norm(value - undisturbed[name]) <= 1e-4 * np.linalg.norm(undisturbed[name]), name
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_and_the_last_good_checkpoint_stays(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    out = finish(start(output, 0.05, 1, 8000), code=3)
+    assert "can't be written" in out
+    assert "the last good one is of step" in out
+    good = int(out.split("the last good one is of step ")[1].split(".")[0])
+    assert 4 <= good <= 12
+    finish(start(output))
+    assert all(np.array_equal(value, undisturbed[name]) for name, value in learnt(output).items())

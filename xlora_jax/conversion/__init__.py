@@ -1,0 +1,1 @@
+"""X-LoRA over Flax models of other authors, Linen and NNX."""

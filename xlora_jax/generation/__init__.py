@@ -1,0 +1,1 @@
+"""Text from prompts: decoding with one cache per pass, drafting, sampling."""

@@ -1,0 +1,262 @@
+"""Decoding with one cache for each pass, on the device from the prompt to the last token.
+
+Two caches are exact: both passes are causal, so the gates at a position depend on earlier positions only, and neither
+cache changes when a token is appended. A token costs one position through each pass: two reads of the weights. Two
+methods need fewer reads and give the same tokens:
+
+**Stale gates.** The real pass at position p needs the gates of p, which only the scaling pass at p gives. So the two
+passes cannot share a read of the weights at the same position, but at neighboring positions they can. One step runs as
+one batch
+
+    scaling pass  at p        gives the exact gates of p
+    real pass     at p - 1    with its exact gates, known from the step before: gives the token of p, certain
+    real pass     at p        with the gates of p - 1: gives a draft of p + 1 (gates change slowly)
+
+where the token at p was drafted by the step before. If the draft equals the certain token, the step has made a token
+for one read of the weights. The next step then overwrites position p of the real cache, with exact gates. If the draft
+was wrong, the certain token replaces it, and one step is lost. With a share a of drafts accepted a token costs 2 - a
+reads: never more than plain decoding, whatever the draft.
+
+**Lookup.** Several tokens are guessed from an earlier place in the text
+(:func:`~xlora_jax.generation.drafting.look_up`). Both passes run over all of them, one after the other. The guesses
+that agree with the real pass are kept: two reads give one token and every token that was guessed right.
+
+Every kept token was chosen from logits of exact gates, with the noise of its own position (see
+:mod:`xlora_jax.generation.sampling`): drafting changes neither a greedy nor a sampled text. One caveat: a step's matrix
+products have more rows than those of plain decoding, so logits can differ in their last bits, and two tokens whose
+logits agree to within those bits can change places.
+
+The parts: the state (:mod:`xlora_jax.generation.state`); the ways to make one step (:mod:`xlora_jax.generation.steps`);
+here :func:`prefill` and :func:`advance`, the two compiled functions, and :func:`decode`, the loop on the host that
+picks the way of the next steps. Axes as in :mod:`xlora_jax.layers.mixing`, S for the slots of the token buffer and of
+the caches, V for the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xlora_jax.generation.drafting import Chooser, PassTimes, Way
+from xlora_jax.generation.state import (
+    UNBOUNDED,
+    Ints,
+    Settings,
+    State,
+    StopAt,
+    append_token,
+    choose_token,
+    chunk_size,
+    new_tokens,
+    select_rows,
+    update,
+)
+from xlora_jax.generation.steps import MODES, Base, Frozen, Mode, Plain, StaleGates
+from xlora_jax.models import Place
+from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
+from xlora_jax.trees import flatten
+
+__all__ = ["advance", "decode", "prefill"]
+
+# Steps between two looks of the host at the tokens, where it has to look at all: of one token, and of several.
+_STEPS, _LOOKUP_STEPS = 16, 4
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="chunk", donate_argnums=3)
+def prefill(model: XLora, settings: Settings, params: Params, state: State, offset: jax.Array, *, chunk: int) -> State:
+    """Run one chunk of the prompts through both passes, and choose the first token of rows that end in it.
+
+    Args:
+        model: static description.
+        settings: of the generation.
+        params: of the model.
+        state: with all chunks before this one run.
+        offset: position of the chunk's first token.
+        chunk: T, tokens per row.
+    """
+    batch = len(state.tokens)
+    tokens = lax.dynamic_slice_in_dim(state.tokens, offset, chunk, axis=1)
+    place = Place(jnp.full(batch, offset), jnp.minimum(state.length - 1, offset + chunk - 1))
+    last = state.length - 1 - offset
+    ends = (last >= 0) & (last < chunk)
+    inputs: dict[str, Any] = {"input_ids": tokens, "place": place}
+
+    def at_last(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, jnp.clip(last, 0, chunk - 1).reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+
+    if state.scaling is None:
+        out = base_forward(model, params, cache=state.real, with_logits=False, **inputs)
+        logits = unembed(model, params, at_last(out.hidden_states))[:, 0]
+        state = update(state, real=out.cache)
+    else:
+        hidden, scaling = scaling_pass(model, params, cache=state.scaling, **inputs)
+        scalings = classify(model, params, hidden)
+        out = real_pass(model, params, scalings, cache=state.real, with_logits=False, **inputs)
+        # The output head may have experts too: it needs the gates of the one position that it sees.
+        logits = unembed(model, params, at_last(out.hidden_states), at_last(scalings))[:, 0]
+        recorded = state.recorded
+        if recorded is not None:
+            there = (offset + jnp.arange(chunk) < state.length[:, None])[:, :, None, None]
+            recorded = lax.dynamic_update_slice_in_dim(recorded, jnp.where(there, scalings, 0), offset, axis=1)
+        state = update(
+            state,
+            scaling=scaling,
+            real=out.cache,
+            scalings=select_rows(ends, at_last(scalings)[:, 0], state.scalings),
+            recorded=recorded,
+        )
+    return append_token(settings, state, choose_token(settings, state, logits, state.length), ends & ~state.done)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def advance(
+    model: XLora, settings: Settings, mode: Mode, params: Params, state: State, stop: jax.Array, steps: jax.Array
+) -> State:
+    """Make steps of one mode until every row has ended or come to its ``stop``, without a host round trip per token.
+
+    Args:
+        model: static description.
+        settings: of the generation.
+        mode: how to make a step.
+        params: of the model.
+        state: after :func:`prefill` of all chunks.
+        stop: int32 ``[B]``, length at which a row waits.
+        steps: the most steps to make.
+    """
+
+    def active(state: State) -> jax.Array:
+        return ~state.done & (state.length < stop)
+
+    def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
+        step, state = carry
+        return (step < steps) & active(state).any()
+
+    def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        step, state = carry
+        return step + 1, mode.step(model, settings, params, state, active(state))
+
+    _, state = lax.while_loop(goes_on, body, (jnp.int32(0), state))
+    return state
+
+
+def decode(
+    model: XLora,
+    params: Params,
+    state: State,
+    settings: Settings,
+    *,
+    steps: int | None = None,
+    stop_at: StopAt | None = None,
+) -> Iterator[State]:
+    """Run a state from :func:`start` to its end.
+
+    Args:
+        model: static description.
+        params: of the model.
+        state: donated.
+        settings: of the generation.
+        steps: the most steps between two states; None for no such bound.
+        stop_at: asked about each row's new tokens before a state is yielded: how many stay if they end it, else None.
+
+    Yields:
+        States; the first is after the prompts and has one new token per row. Each is donated when the next is made.
+    """
+    first = np.array(state.length)
+    most = np.array(state.limit)
+    switch = model.module.config.rope_switches_at
+    if stop_at is not None:
+        steps = min(steps or _STEPS, _STEPS)
+    state = _stopped(_prefill_all(model, settings, params, state), first, stop_at)
+    yield state
+
+    def run(state: State, mode: Mode, stop: Ints, limit: int | None = None) -> State:
+        bound = min(x for x in (steps, limit, UNBOUNDED) if x is not None)
+        state = advance(model, settings, mode, params, state, jnp.asarray(stop, jnp.int32), jnp.int32(bound))
+        return _stopped(state, first, stop_at)
+
+    if switch is not None and first.max() <= switch < most.max() - 1:
+        # The token at position `switch` is the first whose pass has other rotary frequencies, and then all that is
+        # cached is no longer true. It is chosen before; drafting would look beyond it.
+        mode: Mode = Base() if state.scaling is None else Plain()
+        while (left := switch + 1 - int(state.length.max())) > 0 and not state.done.all():
+            state = run(state, mode, most, left)
+            yield state
+        state = _stopped(_prefill_all(model, settings, params, state), first, stop_at)
+        yield state
+
+    thaw = most if settings.frozen_after is None else np.minimum(first + settings.frozen_after, most)
+    chooser = None
+    if state.scaling is not None and settings.draft is True:
+        times = PassTimes.of(*_bytes_read(params), jax.default_backend())
+        if times is not None:
+            chooser = Chooser(times, np.array(state.length), _step_seconds(model, settings, state.tokens.shape))
+    while True:
+        length, done = np.array(state.length), np.array(state.done)
+        if done.all():
+            return
+        stop, limit = most, None
+        way: Way | None = None
+        if state.scaling is None:
+            mode = Base()
+        elif (done | (length >= thaw)).all():
+            mode = Frozen()
+        elif chooser is not None:
+            chooser.see(np.array(state.tokens), length, int(state.checked.sum()), int(state.accepted.sum()))
+            way = chooser.choose()
+            mode = MODES[way]
+            limit = _LOOKUP_STEPS if way == "lookup" else _STEPS
+        else:
+            stop = thaw
+            mode = MODES[settings.draft if isinstance(settings.draft, str) else "plain"]
+        if not isinstance(mode, StaleGates):
+            state = update(state, pending=jnp.zeros_like(state.pending))
+        reads, started = np.array(state.reads), time.perf_counter()
+        state = run(state, mode, stop, limit)
+        if chooser is not None and way is not None:
+            steps_made = (np.array(state.reads) - reads).max() / (1 if way == "gates" else 2)
+            chooser.timed(way, (time.perf_counter() - started) / steps_made)
+        yield state
+
+
+@lru_cache(maxsize=64)
+def _step_seconds(model: XLora, settings: Settings, shape: tuple[int, ...]) -> dict[Way, float]:
+    """Where times of steps are kept from one generation to the next: by what steps are compiled for."""
+    return {}
+
+
+def _stopped(state: State, first: Ints, stop_at: StopAt | None) -> State:
+    """End the rows that ``stop_at`` ends."""
+    if stop_at is None:
+        return state
+    kept = [stop_at(new.tolist()) for new in new_tokens(state, first)]
+    ends = np.array([keep is not None for keep in kept])
+    if not ends.any():
+        return state
+    length = np.where(ends, first + np.array([keep or 0 for keep in kept]), np.array(state.length))
+    return update(state, length=jnp.asarray(length, jnp.int32), done=state.done | jnp.asarray(ends))
+
+
+def _bytes_read(params: Params) -> tuple[int, int]:
+    """Bytes of the weights that the scaling pass and the real pass read."""
+    base = flatten(params["base"])
+    # A table of embeddings is looked up, and read as a whole only where it is the head too.
+    table = {path for path in base if path[0] == "embed_tokens"}
+    head = {path for path in base if path[0] == "lm_head"} or table
+    blocks = sum(int(leaf.nbytes) for path, leaf in base.items() if path not in head | table)
+    experts = sum(int(leaf.nbytes) for leaf in jax.tree.leaves(params["experts"]))
+    return blocks, blocks + experts + sum(int(base[path].nbytes) for path in head)
+
+
+def _prefill_all(model: XLora, settings: Settings, params: Params, state: State) -> State:
+    longest = int(state.length.max())
+    chunk = min(chunk_size(model, longest, settings), state.tokens.shape[1])
+    for offset in range(0, longest, chunk):
+        state = prefill(model, settings, params, state, jnp.int32(offset), chunk=chunk)
+    return state

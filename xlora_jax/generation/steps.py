@@ -1,0 +1,195 @@
+"""Ways to make one decoding step: base alone, plain, frozen gates, stale gates, lookup.
+
+:mod:`xlora_jax.generation.decoding` explains what each one costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import jax
+import jax.numpy as jnp
+
+from xlora_jax.generation.drafting import GUESSES, look_up
+from xlora_jax.generation.state import (
+    Settings,
+    State,
+    append_token,
+    choose_token,
+    last_token,
+    record_scalings,
+    select_rows,
+    update,
+)
+from xlora_jax.layers import mixing
+from xlora_jax.models import PairedCache, Place
+from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
+
+__all__ = ["MODES", "Base", "Frozen", "Lookup", "Mode", "Plain", "StaleGates"]
+
+
+class Mode(Protocol):
+    """A way to make one step; hashable."""
+
+    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+        """Make a step. Rows that are not ``active`` (bool ``[B]``) keep what they have."""
+        ...
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model alone."""
+
+    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+        """See :class:`Mode`."""
+        token, place = last_token(state)
+        out = base_forward(model, params, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(model, params, out.hidden_states)[:, 0]
+        state = update(state, real=out.cache, reads=state.reads + active)
+        return append_token(settings, state, choose_token(settings, state, logits, state.length), active)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Both passes, one after the other."""
+
+    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+        """See :class:`Mode`."""
+        token, place = last_token(state)
+        hidden, scaling = scaling_pass(model, params, input_ids=token, cache=state.scaling, place=place)
+        scalings = classify(model, params, hidden)
+        out = real_pass(model, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(model, params, out.hidden_states, scalings)[:, 0]
+        state = update(
+            state,
+            scaling=scaling,
+            real=out.cache,
+            scalings=select_rows(active, scalings[:, 0], state.scalings),
+            recorded=record_scalings(state.recorded, scalings[:, 0], state.length - 1, active),
+            reads=state.reads + 2 * active,
+        )
+        return append_token(settings, state, choose_token(settings, state, logits, state.length), active)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The real pass alone, with the gates of the last token before. Approximate."""
+
+    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+        """See :class:`Mode`."""
+        assert state.scalings is not None
+        token, place = last_token(state)
+        scalings = state.scalings[:, None]
+        out = real_pass(model, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(model, params, out.hidden_states, scalings)[:, 0]
+        state = update(
+            state,
+            real=out.cache,
+            recorded=record_scalings(state.recorded, state.scalings, state.length - 1, active),
+            reads=state.reads + active,
+        )
+        return append_token(settings, state, choose_token(settings, state, logits, state.length), active)
+
+
+@dataclass(frozen=True)
+class StaleGates:
+    """Both passes as one batch, a position apart; see :mod:`xlora_jax.generation.decoding`."""
+
+    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+        """See :class:`Mode`."""
+        assert state.scalings is not None
+        assert state.scaling is not None
+        rows = jnp.arange(len(state.tokens))
+        old, position = state.scalings, state.length - 1 + state.pending
+        logits, fresh, caches = self._passes(model, params, state, position)
+        state = update(state, scaling=caches.scaling, real=caches.real)
+
+        certain = choose_token(settings, state, logits[:, 0], position)
+        right = ~state.pending | (certain == state.tokens[rows, position])
+        checks = active & state.pending
+        state = update(
+            state,
+            checked=state.checked + checks,
+            accepted=state.accepted + (checks & right),
+            reads=state.reads + active,
+        )
+        state = append_token(settings, state, certain, checks)
+        # A row that has just ended is left without a draft, and without the scalings that nothing is predicted from.
+        moves = active & right & ~state.done
+        draft = choose_token(settings, state, logits[:, 1], position + 1)
+        slot = jnp.where(moves, position + 1, state.tokens.shape[1])
+        return update(
+            state,
+            tokens=state.tokens.at[rows, slot].set(draft, mode="drop"),
+            pending=jnp.where(active, moves, state.pending),
+            scalings=select_rows(moves, fresh, old),
+            recorded=record_scalings(state.recorded, fresh, position, moves),
+        )
+
+    def _passes(
+        self, model: XLora, params: Params, state: State, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array, PairedCache]:
+        """Run the scaling pass at ``position [B]``, the real pass there and one before.
+
+        The scaling pass runs both tokens too, so that the two passes are halves of one rectangular batch; at the first
+        it writes again what is there.
+
+        Returns:
+            Logits ``[B, 2, V]`` of the two positions, scalings ``[B, L or 1, N]`` of the second, caches.
+        """
+        assert state.scalings is not None
+        assert state.scaling is not None
+        batch = len(state.tokens)
+        two = jnp.stack([position - 1, position], axis=1)
+        tokens = jnp.take_along_axis(state.tokens, two, axis=1)
+        known = jnp.broadcast_to(state.scalings[:, None], (batch, 2, *state.scalings.shape[1:]))
+        constant = mixing.constant_scalings(known.shape, model.config.scaling_pass_gate(model.num_experts), known.dtype)
+        out = real_pass(
+            model,
+            params,
+            jnp.concatenate([constant, known]),
+            input_ids=jnp.concatenate([tokens, tokens]),
+            cache=PairedCache(state.scaling, state.real),
+            place=Place(*(jnp.concatenate([column, column]) for column in (two[:, 0], two[:, 1]))),
+            with_logits=False,
+        )
+        fresh = classify(model, params, out.hidden_states[:batch, 1:])[:, 0]
+        logits = unembed(model, params, out.hidden_states[batch:], known)
+        return logits, fresh, cast(PairedCache, out.cache)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Both passes, one after the other, over the last token and the guesses that follow it."""
+
+    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+        """See :class:`Mode`."""
+        rows = jnp.arange(len(state.tokens))
+        position = state.length - 1
+        columns = position[:, None] + jnp.arange(GUESSES + 1)
+        guesses = look_up(state.tokens, state.length)
+        state = update(state, tokens=state.tokens.at[rows[:, None], columns[:, 1:]].set(guesses))
+        tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
+        # What a row has no room for counts as padding: its position may be one that the model does not have.
+        place = Place(position, jnp.clip(state.limit - 2, position, position + GUESSES))
+        hidden, scaling = scaling_pass(model, params, input_ids=tokens, cache=state.scaling, place=place)
+        scalings = classify(model, params, hidden)
+        out = real_pass(model, params, scalings, input_ids=tokens, cache=state.real, place=place, with_logits=False)
+        logits = unembed(model, params, out.hidden_states, scalings)
+        state = update(state, scaling=scaling, real=out.cache, reads=state.reads + 2 * active)
+        for step in range(GUESSES + 1):
+            state = update(
+                state,
+                scalings=select_rows(active, scalings[:, step], state.scalings),
+                recorded=record_scalings(state.recorded, scalings[:, step], state.length - 1, active),
+                guessed=state.guessed + active * (step > 0),
+            )
+            token = choose_token(settings, state, logits[:, step], state.length)
+            right = token == state.tokens[rows, state.length]
+            state = append_token(settings, state, token, active)
+            active = active & right & ~state.done
+        return state
+
+
+MODES: dict[str, Mode] = {"plain": Plain(), "gates": StaleGates(), "lookup": Lookup()}

@@ -1,0 +1,1 @@
+"""Adapted layers: the mixing arithmetic, Flax modules, stacked experts."""

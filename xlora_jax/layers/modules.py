@@ -1,0 +1,276 @@
+"""Flax modules of X-LoRA: the classifier, and layers that mix experts where they are given any.
+
+Thin shells over :mod:`xlora_jax.layers.mixing`. An adapted layer reads three collections at its own path:
+
+    params    what the layer has without this library
+    experts   ``lora_a [D, R]``, ``lora_b [R, F]``, ``columns [N, R]``; where an expert has them, ``lora_bias [N, F]``
+              with ``bias_scale [N]``, and ``lora_dropout [N]``
+    scalings  ``gates [B, T, N]``; ``weight``, the global scaling weight, where an expert has a ``lora_bias``
+
+Without ``experts`` or without ``scalings`` it is the plain Flax layer. LoRA dropout acts where the caller passes an
+rng named ``lora_dropout``. Axes as in :mod:`xlora_jax.layers.mixing`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
+
+from xlora_jax.layers import matmul as products
+from xlora_jax.layers import mixing
+
+__all__ = [
+    "TemperatureScaledSoftmax",
+    "XLoraClassifier",
+    "XLoraConv",
+    "XLoraDense",
+    "XLoraEmbed",
+    "XLoraTiedHead",
+    "add_experts",
+    "project_conv",
+    "project_dense",
+]
+
+
+class TemperatureScaledSoftmax(nn.Module):
+    """Softmax over the last axis of ``logits / temperature``; no parameters.
+
+    Attributes:
+        temperature: positive; lower is sharper.
+    """
+
+    temperature: float = 1.0
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """Return the softmax of ``logits [..., N]`` over its last axis, in their dtype."""
+        return mixing.temperature_softmax(logits, self.temperature)
+
+
+class XLoraClassifier(nn.Module):
+    """The gate: from a hidden state to a weight per adapted layer and expert.
+
+    Depth 1 is one ``Dense``; depth d > 1 is d - 1 of width ``size``, each with ReLU and dropout, and a last one. All
+    have a bias. Parameters are ``dense_0`` ... ``dense_{depth-1}``, each ``kernel [in, out]`` and ``bias [out]``.
+
+    Attributes:
+        num_layers: L, adapted layers.
+        num_experts: N.
+        depth: number of ``Dense`` layers, at least 1.
+        size: width between them, unused at depth 1.
+        dropout_rate: probability after each ReLU, in ``[0, 1)``; acts only if not ``deterministic``.
+        layerwise: one weight per layer (True), or one for all layers (False).
+        softmax: apply the temperature softmax over experts.
+        temperature: see :class:`TemperatureScaledSoftmax`.
+        dtype: of the computation; the base model's in PEFT. None takes that of inputs and parameters.
+        param_dtype: of the parameters at initialisation.
+    """
+
+    num_layers: int
+    num_experts: int
+    depth: int = 1
+    size: int = 2048
+    dropout_rate: float = 0.0
+    layerwise: bool = False
+    softmax: bool = True
+    temperature: float = 1.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden_states: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Give the scalings of ``hidden_states [B, T, D]``, the last ones after the final norm.
+
+        Args:
+            hidden_states: float ``[B, T, D]``.
+            deterministic: switch dropout off; else an rng named ``dropout`` is needed.
+
+        Returns:
+            ``[B, T, L, N]`` if ``layerwise``, else ``[B, T, 1, N]``: one gate that all layers share.
+        """
+        features = self.num_experts * (self.num_layers if self.layerwise else 1)
+        x = hidden_states
+        for i in range(self.depth - 1):
+            x = nn.relu(self._dense(self.size, i)(x))
+            x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        x = self._dense(features, self.depth - 1)(x)
+        x = x.reshape(*x.shape[:-1], -1, self.num_experts)
+        return TemperatureScaledSoftmax(self.temperature)(x) if self.softmax else x
+
+    def _dense(self, features: int, index: int) -> nn.Dense:
+        # torch.nn.Linear draws kernel and bias from U(-1/sqrt(in), 1/sqrt(in)); the variance of the kernel is 1/(3 in).
+        return nn.Dense(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            bias_init=nn.initializers.zeros_init(),
+            name=f"dense_{index}",
+        )
+
+
+def _flat_gates(gates: jax.Array, shape: tuple[int, ...], module: nn.Module) -> jax.Array:
+    """Lay ``gates [B, T, N]`` over a layer's positions ``shape = [B, *positions]``, as ``[B, *positions, N]``."""
+    batch, *positions = shape
+    if gates.shape[:-1] == shape:
+        return gates
+    count = math.prod(positions)
+    ones = [1] * len(positions)
+    if gates.ndim == 3 and gates.shape[0] in (1, batch):
+        if gates.shape[1] == 1:
+            return gates.reshape(gates.shape[0], *ones, gates.shape[-1])
+        if len(positions) > 1 and gates.shape[1] in (count, count + 1):
+            # A vision transformer's tokens: the patches in row-major order, after a class token if it has one.
+            return gates[:, gates.shape[1] - count :].reshape(gates.shape[0], *positions, gates.shape[-1])
+    raise ValueError(
+        f"gates of layer {'/'.join(module.path)}: expected [{batch}, T, experts] with T = 1 (one gate per example), "
+        f"T = {count} (one per output position) or T = {count + 1} (with a class token before them), got "
+        f"{list(gates.shape)}; give the layer gates of one of these shapes, or leave it out of the experts' targets."
+    )
+
+
+def add_experts(module: nn.Module, outputs: jax.Array, project: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Add to ``outputs`` what the experts at the path of ``module`` contribute, if there are any and gates for them.
+
+    Args:
+        module: a bound module, whose collections ``experts`` and ``scalings`` are read.
+        outputs: ``[..., F]``, what the base layer gives.
+        project: from ``lora_a`` to its product with the layer's input, ``[..., R]``.
+
+    Returns:
+        ``[..., F]`` in the dtype of ``outputs``; the sum is taken in the experts' accumulation dtype.
+    """
+    if not (module.has_variable("experts", "lora_b") and module.has_variable("scalings", "gates")):
+        return outputs
+    down = project(module.get_variable("experts", "lora_a"))
+    delta = mixing.mix_experts(
+        down,
+        _flat_gates(module.get_variable("scalings", "gates"), outputs.shape[:-1], module),
+        module.get_variable("experts", "columns"),
+        module.get_variable("experts", "lora_b"),
+    )
+    if module.has_variable("experts", "lora_bias"):
+        # PEFT adds the bias of lora_B whatever the gate: the gate multiplies the input of lora_A.
+        scale: jax.Array = module.get_variable("experts", "bias_scale") * module.get_variable("scalings", "weight")
+        bias: jax.Array = module.get_variable("experts", "lora_bias")
+        delta = delta + jnp.einsum("n,nf->f", scale, bias.astype(scale.dtype), precision=jax.lax.Precision.HIGHEST)
+    return (outputs.astype(delta.dtype) + delta).astype(outputs.dtype)
+
+
+def project_dense(module: nn.Module, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Give the function from ``lora_a [D, R]`` to ``inputs @ lora_a``, with LoRA dropout if there is an rng for it."""
+
+    def project(lora_a: jax.Array) -> jax.Array:
+        x = inputs.astype(lora_a.dtype)
+        if module.has_rng("lora_dropout") and module.has_variable("experts", "lora_dropout"):
+            return mixing.drop_and_project(
+                module.make_rng("lora_dropout"),
+                x,
+                lora_a,
+                module.get_variable("experts", "columns"),
+                module.get_variable("experts", "lora_dropout"),
+            )
+        return products.matmul(x, lora_a)
+
+    return project
+
+
+def project_conv(module: nn.Conv, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Give the function from ``lora_a [kh, kw, D, R]`` to the convolution of ``inputs`` with it, set as ``module``."""
+
+    def project(lora_a: jax.Array) -> jax.Array:
+        down = nn.Conv(
+            lora_a.shape[-1],
+            module.kernel_size,
+            strides=module.strides,
+            padding=module.padding,
+            input_dilation=module.input_dilation,
+            kernel_dilation=module.kernel_dilation,
+            use_bias=False,
+            parent=None,
+        )
+        return cast(jax.Array, down.apply({"params": {"kernel": lora_a}}, inputs.astype(lora_a.dtype)))
+
+    return project
+
+
+class XLoraDense(nn.Dense):
+    """``flax.linen.Dense`` that mixes the experts found at its path; the same attributes, parameters and errors."""
+
+    dot_general: Any = products.dot_general
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Return ``[..., F]`` for ``inputs [..., D]``; with gates ``[B, T, N]`` the inputs are ``[B, T, D]``."""
+        outputs = super().__call__(inputs)
+        # Named for rematerialisation: what the backward pass needs is the sum, not its two terms.
+        outputs = add_experts(self, outputs, project_dense(self, inputs))
+        return cast(jax.Array, checkpoint_name(outputs, "projection"))
+
+
+class XLoraTiedHead(nn.Module):
+    """Output head that borrows the embedding table as its kernel and mixes the experts found at its own path.
+
+    Attributes:
+        use_bias: whether it has a bias of its own.
+        dtype: of the computation; None takes that of inputs and table.
+        param_dtype: of the bias at initialisation.
+    """
+
+    use_bias: bool = False
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, embedding: jax.Array) -> jax.Array:
+        """Return logits ``[..., V]`` for ``inputs [..., D]`` and the table ``embedding [V, D]``."""
+        x, table = promote_dtype(inputs, embedding, dtype=self.dtype)
+        logits = jnp.matmul(x, table.T)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (table.shape[0],), self.param_dtype)
+            logits = logits + bias.astype(logits.dtype)
+        return add_experts(self, logits, project_dense(self, inputs))
+
+
+class XLoraEmbed(nn.Embed):
+    """``flax.linen.Embed`` that mixes the experts found at its path.
+
+    The gate acts after the lookup in ``lora_a [V, R]``. No LoRA dropout acts here, as in PEFT.
+
+    Attributes:
+        embed_scale: multiplies the embedding and the experts' part alike (Gemma); 1 for most families.
+    """
+
+    embed_scale: float = 1.0
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Return ``[B, T, D]`` for token ids ``inputs [B, T]``."""
+        outputs = super().__call__(inputs)
+        outputs = add_experts(self, outputs, lambda lora_a: jnp.take(lora_a, inputs, axis=0))
+        if self.embed_scale == 1:
+            return outputs
+        # The factor is rounded to the table's dtype first, as transformers does.
+        return outputs * jnp.asarray(self.embed_scale, outputs.dtype)
+
+
+class XLoraConv(nn.Conv):
+    """``flax.linen.Conv`` over two spatial axes that mixes the experts found at its path.
+
+    ``lora_a`` is a kernel ``[kh, kw, D, R]`` with the layer's strides, padding and dilation; ``lora_b [R, F]`` acts at
+    each output position, and the gate between the two. Gates ``[B, T, N]`` are for T = 1 (one per example), T = the
+    number of output positions, or that plus one leading class token, whose gate is not used here.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Return ``[B, height, width, F]`` for ``inputs [B, height, width, D]``.
+
+        Raises:
+            ValueError: if gates are neither per example nor per output position.
+        """
+        outputs = super().__call__(inputs)
+        return add_experts(self, outputs, project_conv(self, inputs))

@@ -1,0 +1,228 @@
+"""The two passes of X-LoRA as pure functions over one tree of parameters.
+
+    hidden   = base(tokens)                     scaling pass: experts off, or at a constant; no gradient
+    scalings = classifier(hidden)               [B, T, L, N]
+    logits   = base + experts(tokens, gates)    real pass: every adapted layer mixes its experts per token
+
+``params`` is ``{"base": ..., "experts": ..., "classifier": ...}``. What is static stands in :class:`XLora`, the first
+argument of every function here; ``jax.jit(f, static_argnums=0)`` makes the two passes one compiled function. Axes as in
+:mod:`xlora_jax.layers.mixing`, and V for the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from xlora_jax.config import XLoraConfig
+from xlora_jax.layers import mixing
+from xlora_jax.layers.adapted import AdaptedLayers
+from xlora_jax.layers.modules import XLoraClassifier
+from xlora_jax.models import BaseModule, Cache, DecoderOutput
+
+__all__ = [
+    "Params",
+    "XLora",
+    "XLoraOutput",
+    "base_forward",
+    "classify",
+    "forward",
+    "real_pass",
+    "scaling_pass",
+    "unembed",
+]
+
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class XLora:
+    """All that is static in an X-LoRA model; hashable.
+
+    Attributes:
+        module: the base model.
+        layers: its adapted layers.
+        num_experts: N.
+        config: the settings.
+        gate_dtype: of the classifier's computation; None takes the base model's, as PEFT does.
+    """
+
+    module: BaseModule
+    layers: AdaptedLayers
+    num_experts: int
+    config: XLoraConfig
+    gate_dtype: jax.typing.DTypeLike | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings against the number of experts."""
+        self.config.validate_experts(self.num_experts)
+
+    @property
+    def classifier(self) -> XLoraClassifier:
+        """The classifier that the settings describe."""
+        config = self.config
+        return XLoraClassifier(
+            num_layers=len(self.layers),
+            num_experts=self.num_experts,
+            depth=config.xlora_depth,
+            size=config.xlora_size,
+            dropout_rate=config.xlora_dropout_p,
+            layerwise=config.layerwise_scalings,
+            softmax=config.enable_softmax,
+            temperature=config.softmax_temperature,
+            dtype=self.gate_dtype or self.module.dtype,
+            param_dtype=self.module.param_dtype,
+        )
+
+    def gates(self, scalings: jax.Array) -> dict[str, Any]:
+        """The ``scalings`` collection for the real pass, from scalings ``[B, T, L or 1, N]``."""
+        weight = self.config.global_scaling_weight
+        gates = mixing.layer_gates(
+            scalings, top_k=self.config.top_k_lora, softmax_selected=self.config.enable_softmax_topk, weight=weight
+        )
+        return self.layers.collection(gates, weight)
+
+
+@struct.dataclass
+class XLoraOutput:
+    """What a call of the model gives.
+
+    Attributes:
+        logits: ``[B, T, V]`` in the base model's dtype; None if not asked for.
+        hidden_states: ``[B, T, D]`` of the real pass, after the final norm.
+        scalings: ``[B, T, L, N]`` as the classifier gave them, before top-k; None with the experts disabled.
+    """
+
+    logits: jax.Array | None
+    hidden_states: jax.Array
+    scalings: jax.Array | None
+
+
+def base_forward(model: XLora, params: Params, **inputs: Any) -> DecoderOutput:
+    """Run the base model alone; ``inputs`` as those of :class:`~xlora_jax.models.Decoder`."""
+    return cast(DecoderOutput, model.module.apply({"params": params["base"]}, **inputs))
+
+
+def scaling_pass(
+    model: XLora, params: Params, *, rngs: Mapping[str, jax.Array] | None = None, **inputs: Any
+) -> tuple[jax.Array, Cache | None]:
+    """First pass: the last hidden state that the classifier reads.
+
+    Args:
+        model: static description.
+        params: ``base`` and ``experts`` are read.
+        rngs: ``lora_dropout`` where that is to act.
+        **inputs: as those of the base model.
+
+    Returns:
+        Hidden states ``[B, T, D]``, through which no gradient flows, and the cache of this pass.
+    """
+    variables: dict[str, Any] = {"params": params["base"]}
+    gate = model.config.scaling_pass_gate(model.num_experts)
+    # At gate 0 the experts add nothing but the biases of lora_B, if there are any.
+    if gate != 0 or model.layers.with_bias:
+        # One gate for all examples and positions.
+        shape = (1, 1, 1, model.num_experts)
+        variables["experts"] = params["experts"]
+        variables["scalings"] = model.gates(mixing.constant_scalings(shape, gate, model.module.dtype))
+    variables = lax.stop_gradient(variables)
+    out = model.module.apply(variables, rngs=dict(rngs or {}), with_logits=False, **inputs)
+    out = cast(DecoderOutput, out)
+    return lax.stop_gradient(out.hidden_states), out.cache
+
+
+def classify(
+    model: XLora, params: Params, hidden_states: jax.Array, *, rngs: Mapping[str, jax.Array] | None = None
+) -> jax.Array:
+    """Scalings ``[B, T, L or 1, N]`` of hidden states ``[B, T, D]``; dropout acts if ``rngs`` has ``dropout``."""
+    deterministic = "dropout" not in (rngs or {})
+    scalings = model.classifier.apply(
+        {"params": params["classifier"]}, hidden_states, deterministic=deterministic, rngs=dict(rngs or {})
+    )
+    return cast(jax.Array, scalings)
+
+
+def real_pass(
+    model: XLora,
+    params: Params,
+    scalings: jax.Array,
+    *,
+    rngs: Mapping[str, jax.Array] | None = None,
+    **inputs: Any,
+) -> DecoderOutput:
+    """Second pass: the base model with its experts mixed by ``scalings [B, T, L or 1, N]``."""
+    variables = {"params": params["base"], "experts": params["experts"], "scalings": model.gates(scalings)}
+    return cast(DecoderOutput, model.module.apply(variables, rngs=dict(rngs or {}), **inputs))
+
+
+def forward(
+    model: XLora,
+    params: Params,
+    input_ids: jax.Array | None = None,
+    *,
+    attention_mask: jax.Array | None = None,
+    inputs_embeds: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    scalings: jax.Array | None = None,
+    rngs: Mapping[str, jax.Array] | None = None,
+    with_logits: bool = True,
+    **more: jax.Array | None,
+) -> XLoraOutput:
+    """Both passes.
+
+    Args:
+        model: static description.
+        params: ``{"base", "experts", "classifier"}``.
+        input_ids: int ``[B, T]``, or ``inputs_embeds``.
+        attention_mask: ``[B, T]``, zero at padding.
+        inputs_embeds: ``[B, T, D]``.
+        positions: int ``[B or 1, T]``; default 0..T-1.
+        segment_ids: int ``[B, T]``: documents packed into one row; tokens see their own only.
+        scalings: use these, broadcast to ``[B, T, L, N]``, instead of the classifier's: no scaling pass is run.
+        rngs: ``dropout`` for the classifier's dropout and ``lora_dropout`` for the experts'; what is absent is off.
+        with_logits: also apply the output head.
+        **more: what else the base model takes, such as ``token_type_ids`` or ``pixel_values``.
+
+    Returns:
+        Logits, hidden states and scalings.
+    """
+    given = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "positions": positions,
+        "segment_ids": segment_ids,
+        **more,
+    }
+    inputs = {name: value for name, value in given.items() if value is not None}
+    rngs = dict(rngs or {})
+    lora_rngs: list[dict[str, jax.Array]] = [{}, {}]
+    if "lora_dropout" in rngs:
+        lora_rngs = [{"lora_dropout": key} for key in jax.random.split(rngs["lora_dropout"])]
+    if scalings is None:
+        hidden_states, _ = scaling_pass(model, params, rngs=lora_rngs[0], **inputs)
+        scalings = classify(model, params, hidden_states, rngs={k: v for k, v in rngs.items() if k == "dropout"})
+    else:
+        scalings = jnp.asarray(scalings, model.module.dtype)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        # Without tokens (images), what is given for all positions stays so: one gate for each example.
+        positions_of = (1, 1) if tokens is None else tokens.shape[:2]
+        shape = jnp.broadcast_shapes(scalings.shape, (*positions_of, len(model.layers), model.num_experts))
+        scalings = jnp.broadcast_to(scalings, shape)
+    out = real_pass(model, params, scalings, rngs=lora_rngs[1], with_logits=with_logits, **inputs)
+    return XLoraOutput(out.logits, out.hidden_states, model.layers.expand(scalings))
+
+
+def unembed(model: XLora, params: Params, hidden_states: jax.Array, scalings: jax.Array | None = None) -> jax.Array:
+    """Logits ``[B, T, V]`` of hidden states ``[B, T, D]``; with ``scalings`` the head's experts, if any, are mixed."""
+    variables = {"params": params["base"]}
+    if scalings is not None:
+        variables |= {"experts": params["experts"], "scalings": model.gates(scalings)}
+    return cast(jax.Array, model.module.apply(variables, hidden_states, method="unembed"))

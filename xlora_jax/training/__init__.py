@@ -1,0 +1,1 @@
+"""Training: the step, losses, data, checkpoints, and the loop around them."""

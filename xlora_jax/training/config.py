@@ -1,0 +1,138 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from xlora_jax.training.optimizers import make_optimizer, make_schedule
+from xlora_jax.training.regularizers import Regularizers
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        batch_size: rows per micro-batch, of all devices together.
+        accumulate: micro-batches per step.
+        optimizer: a key of :data:`xlora_jax.training.optimizers.OPTIMIZERS`.
+        learning_rate: peak.
+        schedule: one of :data:`xlora_jax.training.optimizers.SCHEDULES`.
+        warmup: steps of linear warm-up.
+        weight_decay: decoupled.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: of adaptive optimisers.
+        max_grad_norm: clip the gradient's norm; None for no clipping.
+        seed: of data order and dropouts.
+        param_dtype: in which to keep what learns; None leaves it as it was loaded.
+        gate_dtype: in which the classifier computes; None takes the base model's, as PEFT does.
+        remat: rematerialisation policy, a key of :data:`xlora_jax.models.transformer.REMAT_POLICIES`; None stores all.
+        attention: ``xla`` or ``cudnn``; None leaves it to JAX.
+        loss_chunk: positions of a row whose logits exist at a time.
+        load_balance: weight of that regulariser, see :mod:`xlora_jax.training.regularizers`.
+        entropy: likewise.
+        z_loss: likewise.
+        regularize_per_layer: balance within every layer, or over all together.
+        eval_every: steps between evaluations; 0 evaluates at the end only.
+        checkpoint_every: steps between checkpoints; 0 saves at the end and on SIGTERM only.
+        keep_checkpoints: how many of the latest to keep.
+        log_every: steps between entries of the metrics.
+        max_bad_steps: so many steps in a row that are not finite stop the run.
+        scaling_cache: ``off``, ``memory`` or ``disk``.
+        scaling_cache_dtype: float32 or bfloat16.
+        data: size of that mesh axis; -1 takes what the others leave.
+        fsdp: likewise.
+        tensor: likewise.
+        tensorboard: also write TensorBoard's files.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    seed: int = 0
+    param_dtype: str | None = "float32"
+    gate_dtype: str | None = None
+    remat: str | None = None
+    attention: str | None = None
+    loss_chunk: int = 256
+    load_balance: float = 0.0
+    entropy: float = 0.0
+    z_loss: float = 0.0
+    regularize_per_layer: bool = True
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    max_bad_steps: int = 5
+    scaling_cache: str = "off"
+    scaling_cache_dtype: str = "float32"
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what can't work."""
+        for name in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.scaling_cache not in ("off", "memory", "disk"):
+            raise ValueError(f"scaling_cache: expected off, memory or disk, got {self.scaling_cache!r}")
+
+    @property
+    def regularizers(self) -> Regularizers:
+        """The further terms of the loss."""
+        return Regularizers(self.load_balance, self.entropy, self.z_loss, self.regularize_per_layer)
+
+    def make_schedule(self) -> Callable[[Any], Any]:
+        """Learning rate by step."""
+        return make_schedule(self.schedule, self.learning_rate, self.steps, self.warmup)
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optimiser that the settings describe."""
+        return make_optimizer(
+            self.optimizer,
+            self.make_schedule(),
+            weight_decay=self.weight_decay,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+    # What may change between a run and its resumption without changing what it computes.
+    _FREE = (
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "max_bad_steps",
+        "scaling_cache",
+        "remat",
+        "attention",
+        "loss_chunk",
+        "data",
+        "fsdp",
+        "tensor",
+        "tensorboard",
+    )
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run it resumes."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self._FREE}

@@ -1,0 +1,49 @@
+"""Evaluate a model on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from xlora_jax.training.data import Rows
+
+
+def evaluate(
+    step: Callable[..., Any],
+    trainable: Any,
+    frozen: Any,
+    rows: Rows,
+    batch_size: int,
+    put: Callable[[Mapping[str, NDArray[Any]]], Any] = dict,
+) -> tuple[float, NDArray[np.float64]]:
+    """Evaluate on every row once.
+
+    Args:
+        step: of :func:`~xlora_jax.training.step.make_eval_step`.
+        trainable: what learnt.
+        frozen: the rest.
+        rows: held-out rows.
+        batch_size: rows at a time, of all processes together.
+        put: from NumPy arrays to arrays on the devices.
+
+    Returns:
+        Mean cross-entropy per token in nats, and each expert's mean scaling ``[N]``.
+    """
+    from xlora_jax.training.losses import IGNORED_LABEL
+
+    total, tokens, gates = 0.0, 0, np.zeros(1)
+    local, rank = batch_size // jax.process_count(), jax.process_index()
+    for start in range(0, len(rows), batch_size):
+        batch = {name: array[start : start + batch_size] for name, array in rows.arrays.items()}
+        missing = batch_size - len(batch["input_ids"])
+        for name, array in batch.items():
+            # One compiled shape: the last batch is filled up with rows in which nothing is learnt.
+            fill = IGNORED_LABEL if name == "labels" else 0
+            batch[name] = np.pad(array, ((0, missing), (0, 0)), constant_values=fill)[rank * local : (rank + 1) * local]
+        loss, count, gate = step(trainable, frozen, put(batch))
+        total, tokens, gates = total + float(loss), tokens + int(count), gates + np.asarray(gate, np.float64)
+    return total / max(tokens, 1), gates / max(tokens, 1)

@@ -1,0 +1,126 @@
+"""A run's log: metrics by step, and the progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from xlora_jax.training.config import TrainConfig
+from xlora_jax.training.metrics import MetricsWriter, peak_memory
+
+
+class RunLog:
+    """Times and metrics of the steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        schedule: Callable[[Any], Any] | None,
+        on_metrics: Callable[[int, str, Mapping[str, float]], None] | None,
+    ) -> None:
+        self.config, self.schedule, self.on_metrics = config, schedule, on_metrics
+        self.writer: MetricsWriter | None = None
+        self.history: list[dict[str, Any]] = []
+        self._start = self._mark = time.perf_counter()
+        self._data = self._data_begun = 0.0
+        self._all_data = self._all_tokens = 0.0
+        self._steps = 0
+        self._losses: list[float] = []
+        self._tokens = 0.0
+        self.latest: dict[str, float] = {}
+
+    def begin_data(self) -> None:
+        """Start the clock of the time spent waiting for data."""
+        self._data_begun = time.perf_counter()
+
+    def end_data(self) -> None:
+        """Stop that clock."""
+        self._data += time.perf_counter() - self._data_begun
+
+    def step(self, number: int, metrics: Mapping[str, Any], last: bool = False) -> Mapping[str, float]:
+        """Take up one step's metrics, and write an entry when it is due."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._steps += 1
+        self._tokens += values["tokens"]
+        if values["finite"]:
+            self._losses.append(values["loss"])
+        if number % self.config.log_every == 0 or last:
+            now = time.perf_counter()
+            elapsed = max(now - self._mark, 1e-9)
+            entry = {
+                "loss": float(np.mean(self._losses)) if self._losses else float("nan"),
+                **{name: value for name, value in values.items() if name in ("grad_norm", "regularization")},
+                "tokens_per_second": self._tokens / elapsed,
+                "data_share": self._data / elapsed,
+            }
+            if self.schedule is not None:
+                entry["learning_rate"] = float(self.schedule(number - 1))
+            self.write(number, "train", entry)
+            self.latest = entry
+            self._all_tokens += self._tokens
+            self._all_data += self._data
+            self._mark, self._data, self._tokens, self._losses = now, 0.0, 0.0, []
+        return {**self.latest, "loss": values["loss"]}
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Write one entry: history, files, callback."""
+        self.history.append({"step": step, "kind": kind, **values})
+        if self.writer is not None:
+            self.writer.write(step, kind, values)
+        if self.on_metrics is not None:
+            self.on_metrics(step, kind, values)
+
+    def summary(self) -> dict[str, float]:
+        """Return rates over the whole run."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        return {
+            "steps_per_second": self._steps / elapsed,
+            "tokens_per_second": self._all_tokens / elapsed,
+            "data_share": self._all_data / elapsed,
+            **peak_memory(),
+        }
+
+
+@contextmanager
+def progress_bar(steps: int, started: int, show: bool) -> Iterator[Callable[..., None]]:
+    """Give a function of (step, values) that moves a bar."""
+    if not show or jax.process_index() != 0:
+        yield lambda *_: None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TextColumn("{task.fields[share]:.0%} in data"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=steps, completed=started, loss=float("nan"), rate=0.0, share=0.0)
+
+        def update(step: int, values: Mapping[str, float]) -> None:
+            bar.update(
+                task,
+                completed=step,
+                loss=values["loss"],
+                rate=values.get("tokens_per_second", 0.0),
+                share=values.get("data_share", 0.0),
+            )
+
+        yield update

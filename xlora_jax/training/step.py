@@ -1,0 +1,335 @@
+"""Training of the gate, and of the experts if asked for, with any optax transformation.
+
+Only what learns has gradients and optimiser state: the parameters are split into a trainable and a frozen tree, and the
+loss is differentiated with respect to the first.
+
+Axes: A micro-batches of an accumulated step, B batch, T tokens, D width, L adapted layers, N experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh
+
+from xlora_jax.config import XLoraConfig
+from xlora_jax.layers import mixing
+from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, unembed
+from xlora_jax.sharding import keep_batch_split
+from xlora_jax.training.losses import IGNORED_LABEL, causal_lm_loss, chunked_cross_entropy, next_token_targets
+from xlora_jax.training.regularizers import Regularizers
+from xlora_jax.trees import Path, flatten, unflatten
+
+__all__ = [
+    "BATCH_KEYS",
+    "IGNORED_LABEL",
+    "TrainState",
+    "batch_loss",
+    "causal_lm_loss",
+    "init_train_state",
+    "make_eval_step",
+    "make_scaling_step",
+    "make_train_step",
+    "merge_params",
+    "split_params",
+]
+
+_LEARNED_BY_EXPERTS = ("lora_a", "lora_b", "lora_bias")
+_INPUTS = ("input_ids", "attention_mask", "positions", "segment_ids")
+
+# What a batch may hold; a step refuses anything else.
+BATCH_KEYS = (*_INPUTS, "labels", "scaling_hidden")
+
+# NumPy arrays or JAX arrays.
+Batch = Mapping[str, Any]
+
+
+def split_params(params: Params, config: XLoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split into what learns and what does not: two trees with the same paths, which :func:`merge_params` joins.
+
+    The classifier learns; with ``use_trainable_adapters`` so do the experts' ``lora_a``, ``lora_b`` and ``lora_bias``,
+    but not the columns that say whose they are.
+    """
+    flat = flatten(params)
+
+    def learns(path: Path) -> bool:
+        if path[0] == "experts":
+            return config.use_trainable_adapters and path[-1] in _LEARNED_BY_EXPERTS
+        return path[0] == "classifier"
+
+    trainable = {path: leaf for path, leaf in flat.items() if learns(path)}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
+    return unflatten(trainable), unflatten(frozen)
+
+
+def merge_params(trainable: Params, frozen: Params) -> dict[str, Any]:
+    """Join what :func:`split_params` split."""
+    return unflatten(flatten(frozen) | flatten(trainable))
+
+
+@struct.dataclass
+class TrainState:
+    """What changes from step to step.
+
+    Attributes:
+        step: int32, batches seen.
+        trainable: the parameters that learn.
+        opt_state: the optimiser's state, over ``trainable`` alone.
+        rng: PRNG key of the dropouts, folded with ``step``.
+        skipped: int32, steps whose loss or gradient was not finite and that changed nothing.
+        skipped_in_row: int32, how many of them came last, one after another.
+    """
+
+    step: jax.Array
+    trainable: dict[str, Any]
+    opt_state: optax.OptState
+    rng: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def init_train_state(
+    params: Params,
+    config: XLoraConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int = 0,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Start training from ``params``.
+
+    Args:
+        params: ``{"base", "experts", "classifier"}``.
+        config: says what learns.
+        optimizer: any optax transformation.
+        seed: of the dropouts.
+        dtype: in which to keep what learns; float32 beside a bfloat16 base lets small updates count. None leaves it.
+
+    Returns:
+        The state, and the frozen parameters, which every step is given beside it.
+    """
+    trainable, frozen = split_params(params, config)
+    # A copy: the step donates its state, and `params` stay with the caller.
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), trainable)
+    zero = [jnp.int32(0) for _ in range(3)]
+    state = TrainState(zero[0], trainable, optimizer.init(trainable), jax.random.key(seed), zero[1], zero[2])
+    return state, frozen
+
+
+def batch_loss(
+    model: XLora,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    *,
+    rngs: Mapping[str, jax.Array] | None = None,
+    loss_chunk: int = 256,
+    regularizers: Regularizers | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Both passes and the loss, as a pure function to be differentiated with respect to ``trainable``.
+
+    Args:
+        model: static description.
+        trainable: what learns.
+        frozen: the rest of the parameters.
+        batch: ``input_ids`` and ``labels`` int ``[B, T]``; may have ``attention_mask``, and for packed documents
+            ``positions`` and ``segment_ids``, each ``[B, T]``. With ``scaling_hidden [B, T, D]``, what
+            :func:`~xlora_jax.passes.scaling_pass` gave for these tokens, that pass is not run.
+        rngs: ``dropout`` for the classifier's dropout and ``lora_dropout`` for the experts'; what is absent is off.
+        loss_chunk: positions of a row whose logits exist at a time.
+        regularizers: further terms of the loss; None for none.
+
+    Returns:
+        Sum of the tokens' cross-entropy (float32), sum of the further terms (float32), scalings ``[B, T, L or 1, N]``.
+
+    Raises:
+        ValueError: the model classifies.
+    """
+    if (kind := getattr(model.module.config, "head", "lm")) != "lm":
+        raise ValueError(
+            f"the base model has a head that classifies ({kind!r}), which has no next token to predict: train it with "
+            f"xlora_jax.training.classification.make_objective_step"
+        )
+    unknown = sorted(set(batch) - set(BATCH_KEYS))
+    if unknown:
+        raise ValueError(f"batch: expected only {', '.join(BATCH_KEYS)}, got {', '.join(unknown)} as well")
+    params = merge_params(trainable, frozen)
+    rngs = dict(rngs or {})
+    inputs: dict[str, Any] = {key: batch[key] for key in _INPUTS if key in batch}
+    lora_rngs: list[dict[str, jax.Array]] = [{}, {}]
+    if "lora_dropout" in rngs:
+        lora_rngs = [{"lora_dropout": key} for key in jax.random.split(rngs["lora_dropout"])]
+
+    hidden = batch.get("scaling_hidden")
+    if hidden is None:
+        hidden, _ = scaling_pass(model, params, rngs=lora_rngs[0], **inputs)
+    hidden = hidden.astype(model.module.dtype)
+    dropout = {key: rng for key, rng in rngs.items() if key == "dropout"}
+    extra = jnp.float32(0)
+    if regularizers:
+        config = model.config
+        # The same classifier without its softmax: the terms are defined on logits.
+        bare = dataclasses.replace(model, config=dataclasses.replace(config, enable_softmax=False))
+        logits = classify(bare, params, hidden, rngs=dropout)
+        scalings = mixing.temperature_softmax(logits, config.softmax_temperature) if config.enable_softmax else logits
+        mask = batch.get("segment_ids", batch.get("attention_mask"))
+        extra = regularizers(logits, mask, temperature=config.softmax_temperature, top_k=config.top_k_lora)
+    else:
+        scalings = classify(model, params, hidden, rngs=dropout)
+
+    out = real_pass(model, params, scalings, rngs=lora_rngs[1], with_logits=False, **inputs)
+    targets = next_token_targets(batch["labels"], batch.get("segment_ids"))
+    head_scalings = scalings if "lm_head" in params["experts"] else None
+
+    def head(learnt: Any, rest: Any, hidden: jax.Array, scalings: jax.Array | None) -> jax.Array:
+        return unembed(model, merge_params(learnt, rest), hidden, scalings)
+
+    learnt = {path: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("experts", "lm_head")}
+    total = chunked_cross_entropy(
+        head, unflatten(learnt), frozen, out.hidden_states, head_scalings, targets, loss_chunk
+    )
+    return total, extra, scalings
+
+
+def _count(batch: Batch) -> jax.Array:
+    """Tokens of a batch that are predicted and not ignored."""
+    labels, segments = batch["labels"], batch.get("segment_ids")
+    fold = [array if array is None else array.reshape(-1, array.shape[-1]) for array in (labels, segments)]
+    return (next_token_targets(cast(jax.Array, fold[0]), fold[1]) != IGNORED_LABEL).sum()
+
+
+def make_train_step(
+    model: XLora,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    loss_chunk: int = 256,
+    regularizers: Regularizers | None = None,
+    mesh: Mesh | None = None,
+    state_shardings: Any = None,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Make the jitted step ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
+
+    The classifier's dropout and the experts' ``lora_dropout`` act, as in PEFT's training mode. The loss is the mean
+    over all tokens of the step, also where it is accumulated: micro-batches with fewer labels count less. A step whose
+    loss or gradient is not finite changes nothing but the counts of such steps.
+
+    Args:
+        model: static description.
+        optimizer: any optax transformation.
+        accumulate: A, micro-batches per step. Above 1 every array of a batch has a leading A axis.
+        loss_chunk: positions of a row whose logits exist at a time.
+        regularizers: further terms of the loss; None for none.
+        mesh: where parameters and batches lie, see :mod:`xlora_jax.sharding`; None for one device.
+        state_shardings: shardings of the state that the step returns; None leaves them to the compiler.
+
+    Returns:
+        The step. A batch is as :func:`batch_loss` has it. Metrics, float32 scalars: ``loss`` (cross-entropy per token),
+        ``regularization`` (if there are such terms), ``grad_norm``, ``tokens`` (predicted ones), ``finite``.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
+
+    def loss_of(trainable: Params, frozen: Params, batch: Batch, rng: jax.Array, count: jax.Array) -> Any:
+        dropout, lora_dropout = jax.random.split(rng)
+        with keep_batch_split(mesh):
+            total, extra, _ = batch_loss(
+                model,
+                trainable,
+                frozen,
+                batch,
+                rngs={"dropout": dropout, "lora_dropout": lora_dropout},
+                loss_chunk=loss_chunk,
+                regularizers=regularizers,
+            )
+        loss, extra = total / count, extra / accumulate
+        return loss + extra, (loss, extra)
+
+    gradient_of = jax.grad(loss_of, has_aux=True)
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        count = jnp.maximum(_count(batch), 1).astype(jnp.float32)
+        if accumulate == 1:
+            gradients, (loss, extra) = gradient_of(state.trainable, frozen, batch, rng, count)
+        else:
+
+            def micro(carry: Any, part: Any) -> tuple[Any, None]:
+                number, micro_batch = part
+                more = gradient_of(state.trainable, frozen, micro_batch, jax.random.fold_in(rng, number), count)
+                return jax.tree.map(jnp.add, carry, more), None
+
+            start = (jax.tree.map(jnp.zeros_like, state.trainable), (jnp.float32(0), jnp.float32(0)))
+            (gradients, (loss, extra)), _ = lax.scan(micro, start, (jnp.arange(accumulate), dict(batch)))
+
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(extra) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+        )
+        bad = 1 - finite.astype(jnp.int32)
+        state = TrainState(
+            state.step + 1,
+            cast(dict[str, Any], trainable),
+            opt_state,
+            state.rng,
+            state.skipped + bad,
+            (state.skipped_in_row + bad) * bad,
+        )
+        metrics = {"loss": loss, "grad_norm": norm, "tokens": _count(batch).astype(jnp.float32)}
+        if regularizers:
+            metrics["regularization"] = extra
+        metrics["finite"] = finite.astype(jnp.float32)
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def make_eval_step(
+    model: XLora, *, loss_chunk: int = 256, mesh: Mesh | None = None
+) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Make the jitted function ``(trainable, frozen, batch) -> (loss, tokens, gates)``; no dropout acts.
+
+    ``loss`` is the sum of the tokens' cross-entropy and ``tokens`` their number, so that batches add up. ``gates [N]``
+    is the sum over the tokens that are predicted of each expert's scaling, the mean over adapted layers.
+    """
+
+    def step(trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        with keep_batch_split(mesh):
+            total, _, scalings = batch_loss(model, trainable, frozen, batch, loss_chunk=loss_chunk)
+        counted = next_token_targets(batch["labels"], batch.get("segment_ids")) != IGNORED_LABEL
+        gates = jnp.einsum("btn,bt->n", scalings.astype(jnp.float32).mean(axis=2), counted.astype(jnp.float32))
+        return total, counted.sum(), gates
+
+    return jax.jit(step)
+
+
+def make_scaling_step(model: XLora, *, mesh: Mesh | None = None) -> Callable[[Params, Batch], jax.Array]:
+    """Make the jitted function ``(frozen, batch) -> hidden [B, T, D]``: the scaling pass alone.
+
+    Its result does not change in training, and can be kept (:mod:`xlora_jax.training.scaling_cache`).
+
+    Raises:
+        ValueError: the pass depends on what learns, or on chance.
+    """
+    config = model.config
+    if config.use_trainable_adapters and (config.scaling_pass_gate(model.num_experts) != 0 or model.layers.with_bias):
+        raise ValueError(
+            "the scaling pass runs through experts that learn, so its result can't be kept: expected frozen experts "
+            "(use_trainable_adapters=False) or scaling_pass_value=0 without lora_bias"
+        )
+
+    def step(frozen: Params, batch: Batch) -> jax.Array:
+        inputs: dict[str, Any] = {key: batch[key] for key in _INPUTS if key in batch}
+        with keep_batch_split(mesh):
+            return scaling_pass(model, frozen, **inputs)[0]
+
+    return jax.jit(step)
