@@ -36,6 +36,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xlora_jax import XLoraModel, init_train_state, make_train_step
+from xlora_jax.backend import compile_for, target_backend
 from xlora_jax.generation import decoding
 from xlora_jax.generation.drafting import GUESSES
 from xlora_jax.generation.generate import GenerationConfig
@@ -124,7 +125,7 @@ def show(name: str, lowered: Any, *, loop: bool = False) -> None:
         f"  {name:34s} arguments {memory.argument_size_in_bytes / 1e9:6.2f} GB   temporaries "
         f"{memory.temp_size_in_bytes / 1e6:8.1f} MB"
     )
-    if loop and jax.default_backend() == "gpu":
+    if loop and target_backend() == "gpu":
         line += f"   written {written(compiled.as_text()) / 1e6:7.1f} MB"
     print(f"{line}   compiled in {seconds:.0f} s", flush=True)
 
@@ -203,16 +204,15 @@ def main() -> None:
     else:
         described = options.gpu.read_text(encoding="utf-8")
         devices = topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=described).devices
-    # Products choose their form by the backend, which here is the target's.
-    backend = "tpu" if options.tpu else "gpu"
-    jax.default_backend = lambda: backend
     print(
         f"{options.shape}, bfloat16; for {devices[0].device_kind}; jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
     )
-    model = abstract_model(options.shape)
-    for batch in (1, 8):
-        show_decoding(model, devices[0], batch, options.context)
-    show_training(stacked(model), devices, options)
+    # Products choose their form by the backend, which here is the target's.
+    with compile_for("tpu" if options.tpu else "gpu"):
+        model = abstract_model(options.shape)
+        for batch in (1, 8):
+            show_decoding(model, devices[0], batch, options.context)
+        show_training(stacked(model), devices, options)
 
 
 if __name__ == "__main__":

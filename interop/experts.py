@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.hf.base import BaseOrigin, Place, put_on_default_device
+from interop.hf.base import BaseOrigin, Placer, put_on_default_device
 from interop.hf.families.table import ADAPTABLE, LEAVES, Placed, abstract_params
 from interop.peft.adapter import LoraAdapter, LoraLayer
 from interop.peft.names import renamed
@@ -48,7 +48,7 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
 
 
 def stack_experts(
-    adapters: Sequence[LoraAdapter], base: BaseModel, dtype: np.dtype[Any], place: Place = put_on_default_device
+    adapters: Sequence[LoraAdapter], base: BaseModel, dtype: np.dtype[Any], place: Placer = put_on_default_device
 ) -> tuple[dict[str, Any], AdaptedLayers]:
     """Stack adapters into the ``experts`` collection of a base model.
 

@@ -18,11 +18,11 @@ from interop.checkpoint.layouts import XLORA_CONFIG_FILE, XLoraCheckpoint
 from interop.checkpoint.read import read_xlora
 from interop.experts import fit_adapters
 from interop.hf.base import open_base
-from interop.hf.config import CONFIG_FILE as BASE_CONFIG_FILE
+from interop.hf.config import BASE_CONFIG_FILE
 from interop.hf.families.table import ADAPTABLE
 from interop.model import experts_of, open_xlora
 from interop.peft.adapter import LoraAdapter, load_lora
-from interop.peft.config import CONFIG_FILE
+from interop.peft.config import ADAPTER_CONFIG_FILE
 from interop.peft.heads import head_of
 from interop.storage.errors import FormatError, listed
 from interop.storage.files import file_in, read_json
@@ -78,15 +78,15 @@ def _look(found: Inspection, base: str | None) -> None:
         found.kind = "LoRA adapter"
         _look_at_adapter(found, base)
         return
-    directory = resolve(found.path, files=(CONFIG_FILE, XLORA_CONFIG_FILE, BASE_CONFIG_FILE))
-    names = {name: file_in(directory, name) for name in (XLORA_CONFIG_FILE, CONFIG_FILE, BASE_CONFIG_FILE)}
+    directory = resolve(found.path, files=(ADAPTER_CONFIG_FILE, XLORA_CONFIG_FILE, BASE_CONFIG_FILE))
+    names = {name: file_in(directory, name) for name in (XLORA_CONFIG_FILE, ADAPTER_CONFIG_FILE, BASE_CONFIG_FILE)}
     path = next((path for path in names.values() if path is not None), None)
     if path is None:
         inside = sorted(e.name for e in directory.iterdir() if any((e / name).is_file() for name in names))
         hint = f" There are some in its folders {listed(inside)}." if inside else ""
         raise FormatError(
             f"{directory}: no base model ({BASE_CONFIG_FILE}), no LoRA adapter or X-LoRA checkpoint of PEFT "
-            f"({CONFIG_FILE}), no X-LoRA checkpoint of the original layout ({XLORA_CONFIG_FILE}).{hint}"
+            f"({ADAPTER_CONFIG_FILE}), no X-LoRA checkpoint of the original layout ({XLORA_CONFIG_FILE}).{hint}"
         )
     if path.name == BASE_CONFIG_FILE:
         found.kind = "base model"

@@ -18,7 +18,7 @@ from interop.checkpoint.layouts import XLoraCheckpoint
 from interop.checkpoint.read import read_xlora
 from interop.checkpoint.write import write_xlora
 from interop.experts import fit_adapters, stack_experts, unstack_experts
-from interop.hf.base import Place, head_tensors, leave_in_memory, load_base, open_base, put_on_default_device
+from interop.hf.base import Placer, head_tensors, leave_in_memory, load_base, open_base, put_on_default_device
 from interop.hf.head import Head
 from interop.peft.adapter import LoraAdapter, load_lora
 from interop.peft.heads import choose_head
@@ -57,7 +57,7 @@ def load_xlora(
     seed: int = 0,
     head: str | None = None,
     scan_layers: bool = True,
-    place: Place | None = None,
+    place: Placer | None = None,
     **hub_options: Any,
 ) -> XLoraModel:
     """Put a base model, its experts and a classifier together.
@@ -157,7 +157,7 @@ def _put_together(
     expert_dtype: np.dtype[Any],
     seed: int,
     head: str | None,
-    place: Place,
+    place: Placer,
     **hub_options: Any,
 ) -> XLoraModel:
     """Make a model of a base with the head that it is given, of experts, and of a classifier, new or trained."""

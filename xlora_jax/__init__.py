@@ -1,28 +1,71 @@
-"""X-LoRA, a mixture of LoRA experts (arXiv 2402.07148), for JAX and Flax."""
+"""X-LoRA, a mixture of LoRA experts (arXiv 2402.07148), for JAX and Flax.
 
-from xlora_jax.config import XLoraConfig
-from xlora_jax.model import BaseModel, XLoraModel
-from xlora_jax.passes import XLora, XLoraOutput, forward
-from xlora_jax.training.step import (
-    TrainState,
-    causal_lm_loss,
-    init_train_state,
-    make_train_step,
-    merge_params,
-    split_params,
-)
+Names are imported when they are first used: ``import xlora_jax`` alone loads neither JAX nor the training libraries.
+Type checkers read them in ``__init__.pyi``.
+"""
 
-__all__ = [
-    "BaseModel",
-    "TrainState",
-    "XLora",
-    "XLoraConfig",
-    "XLoraModel",
-    "XLoraOutput",
-    "causal_lm_loss",
-    "forward",
-    "init_train_state",
-    "make_train_step",
-    "merge_params",
-    "split_params",
-]
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_HOMES = {
+    "backend": ("compile_for",),
+    "config": ("XLoraConfig",),
+    "conversion.linen": ("Lora", "convert"),
+    "conversion.nnx": ("convert_nnx",),
+    "generation.generate": ("GenerationConfig", "GenerationStats"),
+    "generation.sampling": ("LogitsProcessor", "Sampler"),
+    "generation.text": ("StopStrings",),
+    "job": ("Job", "run_training"),
+    "model": ("BaseModel", "XLoraModel"),
+    "passes": (
+        "XLora",
+        "XLoraOutput",
+        "base_forward",
+        "classify",
+        "forward",
+        "real_pass",
+        "scaling_pass",
+        "unembed",
+    ),
+    "sharding": ("make_mesh", "param_shardings", "placer", "shard_params"),
+    "training.checkpoints": ("CheckpointError", "Checkpoints"),
+    "training.classification": ("make_objective_step",),
+    "training.config": ("TrainConfig",),
+    "training.data": ("Loader", "Rows"),
+    "training.evaluation": ("evaluate",),
+    "training.losses": ("causal_lm_loss",),
+    "training.regularizers": ("Regularizers",),
+    "training.routing": ("Routing", "make_routing_step"),
+    "training.step": (
+        "TrainState",
+        "init_train_state",
+        "make_eval_step",
+        "make_train_step",
+        "merge_params",
+        "split_params",
+    ),
+    "training.trainer": ("NonFiniteError", "TrainResult", "Trainer", "train"),
+}
+_MODULE_OF = {name: f"xlora_jax.{module}" for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+try:
+    __version__ = version("xlora-jax")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

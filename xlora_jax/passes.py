@@ -104,18 +104,18 @@ class XLoraOutput:
     scalings: jax.Array | None
 
 
-def base_forward(model: XLora, params: Params, **inputs: Any) -> DecoderOutput:
+def base_forward(xlora: XLora, params: Params, **inputs: Any) -> DecoderOutput:
     """Run the base model alone; ``inputs`` as those of :class:`~xlora_jax.models.Decoder`."""
-    return cast(DecoderOutput, model.module.apply({"params": params["base"]}, **inputs))
+    return cast(DecoderOutput, xlora.module.apply({"params": params["base"]}, **inputs))
 
 
 def scaling_pass(
-    model: XLora, params: Params, *, rngs: Mapping[str, jax.Array] | None = None, **inputs: Any
+    xlora: XLora, params: Params, *, rngs: Mapping[str, jax.Array] | None = None, **inputs: Any
 ) -> tuple[jax.Array, Cache | None]:
     """First pass: the last hidden state that the classifier reads.
 
     Args:
-        model: static description.
+        xlora: static description.
         params: ``base`` and ``experts`` are read.
         rngs: ``lora_dropout`` where that is to act.
         **inputs: as those of the base model.
@@ -124,32 +124,32 @@ def scaling_pass(
         Hidden states ``[B, T, D]``, through which no gradient flows, and the cache of this pass.
     """
     variables: dict[str, Any] = {"params": params["base"]}
-    gate = model.config.scaling_pass_gate(model.num_experts)
+    gate = xlora.config.scaling_pass_gate(xlora.num_experts)
     # At gate 0 the experts add nothing but the biases of lora_B, if there are any.
-    if gate != 0 or model.layers.with_bias:
+    if gate != 0 or xlora.layers.with_bias:
         # One gate for all examples and positions.
-        shape = (1, 1, 1, model.num_experts)
+        shape = (1, 1, 1, xlora.num_experts)
         variables["experts"] = params["experts"]
-        variables["scalings"] = model.gates(mixing.constant_scalings(shape, gate, model.module.dtype))
+        variables["scalings"] = xlora.gates(mixing.constant_scalings(shape, gate, xlora.module.dtype))
     variables = lax.stop_gradient(variables)
-    out = model.module.apply(variables, rngs=dict(rngs or {}), with_logits=False, **inputs)
+    out = xlora.module.apply(variables, rngs=dict(rngs or {}), with_logits=False, **inputs)
     out = cast(DecoderOutput, out)
     return lax.stop_gradient(out.hidden_states), out.cache
 
 
 def classify(
-    model: XLora, params: Params, hidden_states: jax.Array, *, rngs: Mapping[str, jax.Array] | None = None
+    xlora: XLora, params: Params, hidden_states: jax.Array, *, rngs: Mapping[str, jax.Array] | None = None
 ) -> jax.Array:
     """Scalings ``[B, T, L or 1, N]`` of hidden states ``[B, T, D]``; dropout acts if ``rngs`` has ``dropout``."""
     deterministic = "dropout" not in (rngs or {})
-    scalings = model.classifier.apply(
+    scalings = xlora.classifier.apply(
         {"params": params["classifier"]}, hidden_states, deterministic=deterministic, rngs=dict(rngs or {})
     )
     return cast(jax.Array, scalings)
 
 
 def real_pass(
-    model: XLora,
+    xlora: XLora,
     params: Params,
     scalings: jax.Array,
     *,
@@ -157,12 +157,12 @@ def real_pass(
     **inputs: Any,
 ) -> DecoderOutput:
     """Second pass: the base model with its experts mixed by ``scalings [B, T, L or 1, N]``."""
-    variables = {"params": params["base"], "experts": params["experts"], "scalings": model.gates(scalings)}
-    return cast(DecoderOutput, model.module.apply(variables, rngs=dict(rngs or {}), **inputs))
+    variables = {"params": params["base"], "experts": params["experts"], "scalings": xlora.gates(scalings)}
+    return cast(DecoderOutput, xlora.module.apply(variables, rngs=dict(rngs or {}), **inputs))
 
 
 def forward(
-    model: XLora,
+    xlora: XLora,
     params: Params,
     input_ids: jax.Array | None = None,
     *,
@@ -178,7 +178,7 @@ def forward(
     """Both passes.
 
     Args:
-        model: static description.
+        xlora: static description.
         params: ``{"base", "experts", "classifier"}``.
         input_ids: int ``[B, T]``, or ``inputs_embeds``.
         attention_mask: ``[B, T]``, zero at padding.
@@ -207,22 +207,22 @@ def forward(
     if "lora_dropout" in rngs:
         lora_rngs = [{"lora_dropout": key} for key in jax.random.split(rngs["lora_dropout"])]
     if scalings is None:
-        hidden_states, _ = scaling_pass(model, params, rngs=lora_rngs[0], **inputs)
-        scalings = classify(model, params, hidden_states, rngs={k: v for k, v in rngs.items() if k == "dropout"})
+        hidden_states, _ = scaling_pass(xlora, params, rngs=lora_rngs[0], **inputs)
+        scalings = classify(xlora, params, hidden_states, rngs={k: v for k, v in rngs.items() if k == "dropout"})
     else:
-        scalings = jnp.asarray(scalings, model.module.dtype)
+        scalings = jnp.asarray(scalings, xlora.module.dtype)
         tokens = input_ids if input_ids is not None else inputs_embeds
         # Without tokens (images), what is given for all positions stays so: one gate for each example.
         positions_of = (1, 1) if tokens is None else tokens.shape[:2]
-        shape = jnp.broadcast_shapes(scalings.shape, (*positions_of, len(model.layers), model.num_experts))
+        shape = jnp.broadcast_shapes(scalings.shape, (*positions_of, len(xlora.layers), xlora.num_experts))
         scalings = jnp.broadcast_to(scalings, shape)
-    out = real_pass(model, params, scalings, rngs=lora_rngs[1], with_logits=with_logits, **inputs)
-    return XLoraOutput(out.logits, out.hidden_states, model.layers.expand(scalings))
+    out = real_pass(xlora, params, scalings, rngs=lora_rngs[1], with_logits=with_logits, **inputs)
+    return XLoraOutput(out.logits, out.hidden_states, xlora.layers.expand(scalings))
 
 
-def unembed(model: XLora, params: Params, hidden_states: jax.Array, scalings: jax.Array | None = None) -> jax.Array:
+def unembed(xlora: XLora, params: Params, hidden_states: jax.Array, scalings: jax.Array | None = None) -> jax.Array:
     """Logits ``[B, T, V]`` of hidden states ``[B, T, D]``; with ``scalings`` the head's experts, if any, are mixed."""
     variables = {"params": params["base"]}
     if scalings is not None:
-        variables |= {"experts": params["experts"], "scalings": model.gates(scalings)}
-    return cast(jax.Array, model.module.apply(variables, hidden_states, method="unembed"))
+        variables |= {"experts": params["experts"], "scalings": xlora.gates(scalings)}
+    return cast(jax.Array, xlora.module.apply(variables, hidden_states, method="unembed"))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from interop.peft.adapter import WEIGHTS_STEM
-from interop.peft.config import CONFIG_FILE
+from interop.peft.config import ADAPTER_CONFIG_FILE
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json
 from xlora_jax.config import XLoraConfig
@@ -27,7 +27,7 @@ EXPERTS_FOLDER = "experts"
 CARD_FILE = "README.md"
 
 FIXED_ENTRIES = (
-    CONFIG_FILE,
+    ADAPTER_CONFIG_FILE,
     f"{WEIGHTS_STEM}.safetensors",
     f"{XLORA_CLASSIFIER_STEM}.safetensors",
     XLORA_CONFIG_FILE,

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from interop.checkpoint.layouts import XLORA_CONFIG_FILE
-from interop.peft.config import CONFIG_FILE
+from interop.peft.config import ADAPTER_CONFIG_FILE
 from interop.storage.errors import FormatError, listed
 from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import is_hub_id
@@ -24,7 +24,7 @@ def find_expert(directory: Path, path: str) -> str | None:
         inside = directory.joinpath(*parts[first:])
         # PEFT's own folders in a checkpoint are called 0, 1, ... and hold no adapters.
         plausible = parts[first] not in (os.sep, "..") and not (first == len(parts) - 1 and parts[first].isdigit())
-        if plausible and (inside / CONFIG_FILE).is_file():
+        if plausible and (inside / ADAPTER_CONFIG_FILE).is_file():
             return str(inside)
     if Path(path).is_dir():
         return path
@@ -35,7 +35,7 @@ def find_original_expert(directory: Path, name: str, path: object) -> str | None
     """Find an expert of the original layout or of mistral.rs's; None where it is not to be found."""
     if name != Path(name).name or name == "..":
         raise FormatError(f"{directory}: the expert {name!r} is no folder's name.")
-    if (directory / name / CONFIG_FILE).is_file():
+    if (directory / name / ADAPTER_CONFIG_FILE).is_file():
         return str(directory / name)
     if (directory / f"{name}.json").is_file():
         return str(directory / f"{name}.safetensors")
@@ -44,7 +44,7 @@ def find_original_expert(directory: Path, name: str, path: object) -> str | None
 
 def folders_of_experts(directory: Path) -> list[str]:
     """The original loader's order where the settings don't name the experts: that of the folders' names."""
-    names = sorted(entry.name for entry in directory.iterdir() if (entry / CONFIG_FILE).is_file())
+    names = sorted(entry.name for entry in directory.iterdir() if (entry / ADAPTER_CONFIG_FILE).is_file())
     if names:
         warnings.warn(
             f"{directory}: {XLORA_CONFIG_FILE} doesn't name the experts; taken in the order of their folders, "
@@ -63,7 +63,7 @@ def repoint(directory: str | os.PathLike[str]) -> None:
             says.
     """
     directory = Path(directory).resolve()
-    path = file_in(directory, CONFIG_FILE)
+    path = file_in(directory, ADAPTER_CONFIG_FILE)
     content = {} if path is None else read_json(path)
     if path is None or content.get("peft_type") != "XLORA" or not isinstance(content.get("adapters"), dict):
         raise FormatError(f"{directory}: no X-LoRA checkpoint in PEFT's layout.")

@@ -40,7 +40,7 @@ from interop.checkpoint.layouts import (
 )
 from interop.checkpoint.places import find_expert, find_original_expert, folders_of_experts
 from interop.peft.adapter import WEIGHTS_STEM
-from interop.peft.config import CONFIG_FILE
+from interop.peft.config import ADAPTER_CONFIG_FILE
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json
 from interop.storage.tensors import (
@@ -78,11 +78,11 @@ def read_xlora(directory: str | os.PathLike[str]) -> XLoraCheckpoint:
     config_path = file_in(directory, XLORA_CONFIG_FILE)
     if config_path is not None:
         return _read_original(directory, config_path, ordering)
-    config_path = file_in(directory, CONFIG_FILE)
+    config_path = file_in(directory, ADAPTER_CONFIG_FILE)
     if config_path is not None:
         return _read_peft(directory, config_path, ordering)
     raise FileNotFoundError(
-        f"{directory}: no X-LoRA checkpoint; expected {CONFIG_FILE} (PEFT) or {XLORA_CONFIG_FILE} (the original)."
+        f"{directory}: no X-LoRA checkpoint; expected {ADAPTER_CONFIG_FILE} (PEFT) or {XLORA_CONFIG_FILE} (the original)."
     )
 
 

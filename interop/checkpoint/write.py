@@ -34,7 +34,7 @@ from interop.checkpoint.layouts import (
     read_ordering,
 )
 from interop.peft.adapter import WEIGHTS_STEM, LoraAdapter, adapter_config, adapter_tensors, write_lora
-from interop.peft.config import CONFIG_FILE
+from interop.peft.config import ADAPTER_CONFIG_FILE
 from interop.peft.names import renamed
 from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, listed
@@ -171,7 +171,7 @@ def _write_peft(
         "auto_mapping": extras.get("auto_mapping"),
         "inference_mode": True,
     }
-    write_json(partial / CONFIG_FILE, beside | fields)
+    write_json(partial / ADAPTER_CONFIG_FILE, beside | fields)
     tensors = classifier_tensors("peft", config, classifier)
     write_safetensors(
         partial / f"{WEIGHTS_STEM}.safetensors",

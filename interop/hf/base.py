@@ -29,9 +29,9 @@ from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["BaseOrigin", "Place", "UnreadLeaf", "head_tensors", "load_base", "open_base", "save_base"]
+__all__ = ["BaseOrigin", "Placer", "UnreadLeaf", "head_tensors", "load_base", "open_base", "save_base"]
 
-Place = Callable[[TreePath, NDArray[Any]], jax.Array]
+Placer = Callable[[TreePath, NDArray[Any]], jax.Array]
 
 _MAX_SHARD_BYTES = 5 * 10**9  # as transformers splits
 _COMPANIONS = (
@@ -65,7 +65,7 @@ def load_base(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     scan_layers: bool = True,
-    place: Place | None = None,
+    place: Placer | None = None,
     head: Head | None = None,
     **hub_options: Any,
 ) -> BaseModel:
@@ -192,7 +192,7 @@ def read_params(
     tensors: Mapping[str, LazyTensor],
     dtype: np.dtype[Any],
     where: str,
-    place: Place,
+    place: Placer,
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
     wanted, tensors = _checked(module, origin, tensors, where)

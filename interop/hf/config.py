@@ -15,9 +15,9 @@ from interop.hf.families.table import Family
 from interop.storage.errors import FormatError, brief
 from interop.storage.files import read_json
 
-__all__ = ["CONFIG_FILE", "read_config"]
+__all__ = ["BASE_CONFIG_FILE", "read_config"]
 
-CONFIG_FILE = "config.json"
+BASE_CONFIG_FILE = "config.json"
 _WIDTH, _COUNT = 2**30, 1000
 # The largest value that each may have.
 _SIZES = {

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.peft.config import CONFIG_FILE, PLAIN, AdapterSettings, check_patterns, read_settings
+from interop.peft.config import ADAPTER_CONFIG_FILE, PLAIN, AdapterSettings, check_patterns, read_settings
 from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, listed
 from interop.storage.files import file_in, read_json, write_json
@@ -29,7 +29,7 @@ from interop.storage.tensors import LazyTensor, open_file, open_tensors, read_fi
 Kind = Literal["linear", "embedding", "conv"]
 
 WEIGHTS_STEM = "adapter_model"
-_OWNED = (CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")
+_OWNED = (ADAPTER_CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")
 _MAX_CONFIG_BYTES = 2 * 2**20
 
 
@@ -188,7 +188,7 @@ def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: AdapterSet
         if tensor.shape[axis] * (groups if tensor is second else 1) != rank:
             raise FormatError(
                 f"{where}: {tensor.name!r} has shape {list(tensor.shape)}, so rank {tensor.shape[axis]}; expected "
-                f"{rank}, by r and rank_pattern in {CONFIG_FILE}. Config and weights are of different adapters."
+                f"{rank}, by r and rank_pattern in {ADAPTER_CONFIG_FILE}. Config and weights are of different adapters."
             )
     bias = parts.get("bias")
     if bias is not None and bias.shape != second.shape[:1]:
@@ -281,12 +281,12 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
     """
     weights = Path(dir_or_id).expanduser()
     flat = weights.suffix == ".safetensors" and weights.is_file()
-    files = (CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors")
+    files = (ADAPTER_CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors")
     directory = weights.parent if flat else resolve(dir_or_id, files=files, **hub_options)
     if name is None:
         name = weights.stem if flat else Path(hub_options.get("subfolder") or weights.absolute()).name
     where = f"adapter {name!r} ({directory})"
-    config_file = weights.with_suffix(".json").name if flat else CONFIG_FILE
+    config_file = weights.with_suffix(".json").name if flat else ADAPTER_CONFIG_FILE
     config_path = file_in(directory, config_file)
     if config_path is None:
         raise FileNotFoundError(f"{where}: no {config_file}; expected the directory of a PEFT LoRA adapter.")
@@ -321,7 +321,7 @@ def save_lora(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> None:
 
 def write_lora(adapter: LoraAdapter, directory: Path) -> None:
     """Writes an adapter's two files into an existing directory; `save_lora` without the replacing."""
-    write_json(directory / CONFIG_FILE, adapter_config(adapter))
+    write_json(directory / ADAPTER_CONFIG_FILE, adapter_config(adapter))
     write_safetensors(directory / f"{WEIGHTS_STEM}.safetensors", adapter_tensors(adapter))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from interop.storage.errors import FormatError, brief, listed
 
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ the caches, V for the vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xlora_jax.generation.drafting import Chooser, PassTimes, Way
+from xlora_jax.generation.drafting import Chooser
 from xlora_jax.generation.state import (
     UNBOUNDED,
     Ints,
@@ -61,7 +60,6 @@ from xlora_jax.generation.state import (
 from xlora_jax.generation.steps import MODES, Base, Frozen, Mode, Plain, StaleGates
 from xlora_jax.models import Place
 from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
-from xlora_jax.trees import flatten
 
 __all__ = ["advance", "decode", "prefill"]
 
@@ -70,11 +68,11 @@ _STEPS, _LOOKUP_STEPS = 16, 4
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="chunk", donate_argnums=3)
-def prefill(model: XLora, settings: Settings, params: Params, state: State, offset: jax.Array, *, chunk: int) -> State:
+def prefill(xlora: XLora, settings: Settings, params: Params, state: State, offset: jax.Array, *, chunk: int) -> State:
     """Run one chunk of the prompts through both passes, and choose the first token of rows that end in it.
 
     Args:
-        model: static description.
+        xlora: static description.
         settings: of the generation.
         params: of the model.
         state: with all chunks before this one run.
@@ -92,15 +90,15 @@ def prefill(model: XLora, settings: Settings, params: Params, state: State, offs
         return jnp.take_along_axis(x, jnp.clip(last, 0, chunk - 1).reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
     if state.scaling is None:
-        out = base_forward(model, params, cache=state.real, with_logits=False, **inputs)
-        logits = unembed(model, params, at_last(out.hidden_states))[:, 0]
+        out = base_forward(xlora, params, cache=state.real, with_logits=False, **inputs)
+        logits = unembed(xlora, params, at_last(out.hidden_states))[:, 0]
         state = update(state, real=out.cache)
     else:
-        hidden, scaling = scaling_pass(model, params, cache=state.scaling, **inputs)
-        scalings = classify(model, params, hidden)
-        out = real_pass(model, params, scalings, cache=state.real, with_logits=False, **inputs)
+        hidden, scaling = scaling_pass(xlora, params, cache=state.scaling, **inputs)
+        scalings = classify(xlora, params, hidden)
+        out = real_pass(xlora, params, scalings, cache=state.real, with_logits=False, **inputs)
         # The output head may have experts too: it needs the gates of the one position that it sees.
-        logits = unembed(model, params, at_last(out.hidden_states), at_last(scalings))[:, 0]
+        logits = unembed(xlora, params, at_last(out.hidden_states), at_last(scalings))[:, 0]
         recorded = state.recorded
         if recorded is not None:
             there = (offset + jnp.arange(chunk) < state.length[:, None])[:, :, None, None]
@@ -117,12 +115,12 @@ def prefill(model: XLora, settings: Settings, params: Params, state: State, offs
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def advance(
-    model: XLora, settings: Settings, mode: Mode, params: Params, state: State, stop: jax.Array, steps: jax.Array
+    xlora: XLora, settings: Settings, mode: Mode, params: Params, state: State, stop: jax.Array, steps: jax.Array
 ) -> State:
     """Make steps of one mode until every row has ended or come to its ``stop``, without a host round trip per token.
 
     Args:
-        model: static description.
+        xlora: static description.
         settings: of the generation.
         mode: how to make a step.
         params: of the model.
@@ -140,17 +138,17 @@ def advance(
 
     def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         step, state = carry
-        return step + 1, mode.step(model, settings, params, state, active(state))
+        return step + 1, mode.step(xlora, settings, params, state, active(state))
 
     _, state = lax.while_loop(goes_on, body, (jnp.int32(0), state))
     return state
 
 
 def decode(
-    model: XLora,
+    xlora: XLora,
+    settings: Settings,
     params: Params,
     state: State,
-    settings: Settings,
     *,
     steps: int | None = None,
     stop_at: StopAt | None = None,
@@ -158,10 +156,10 @@ def decode(
     """Run a state from :func:`start` to its end.
 
     Args:
-        model: static description.
+        xlora: static description.
+        settings: of the generation.
         params: of the model.
         state: donated.
-        settings: of the generation.
         steps: the most steps between two states; None for no such bound.
         stop_at: asked about each row's new tokens before a state is yielded: how many stay if they end it, else None.
 
@@ -170,15 +168,15 @@ def decode(
     """
     first = np.array(state.length)
     most = np.array(state.limit)
-    switch = model.module.config.rope_switches_at
+    switch = xlora.module.config.rope_switches_at
     if stop_at is not None:
         steps = min(steps or _STEPS, _STEPS)
-    state = _stopped(_prefill_all(model, settings, params, state), first, stop_at)
+    state = _stopped(_prefill_all(xlora, settings, params, state), first, stop_at)
     yield state
 
     def run(state: State, mode: Mode, stop: Ints, limit: int | None = None) -> State:
         bound = min(x for x in (steps, limit, UNBOUNDED) if x is not None)
-        state = advance(model, settings, mode, params, state, jnp.asarray(stop, jnp.int32), jnp.int32(bound))
+        state = advance(xlora, settings, mode, params, state, jnp.asarray(stop, jnp.int32), jnp.int32(bound))
         return _stopped(state, first, stop_at)
 
     if switch is not None and first.max() <= switch < most.max() - 1:
@@ -188,21 +186,18 @@ def decode(
         while (left := switch + 1 - int(state.length.max())) > 0 and not state.done.all():
             state = run(state, mode, most, left)
             yield state
-        state = _stopped(_prefill_all(model, settings, params, state), first, stop_at)
+        state = _stopped(_prefill_all(xlora, settings, params, state), first, stop_at)
         yield state
 
     thaw = most if settings.frozen_after is None else np.minimum(first + settings.frozen_after, most)
     chooser = None
-    if state.scaling is not None and settings.draft is True:
-        times = PassTimes.of(*_bytes_read(params), jax.default_backend())
-        if times is not None:
-            chooser = Chooser(times, np.array(state.length), _step_seconds(model, settings, state.tokens.shape))
+    if state.scaling is not None and settings.draft is True and Chooser.pays(_bytes_of(params)):
+        chooser = Chooser(np.array(state.length))
     while True:
         length, done = np.array(state.length), np.array(state.done)
         if done.all():
             return
         stop, limit = most, None
-        way: Way | None = None
         if state.scaling is None:
             mode = Base()
         elif (done | (length >= thaw)).all():
@@ -217,18 +212,12 @@ def decode(
             mode = MODES[settings.draft if isinstance(settings.draft, str) else "plain"]
         if not isinstance(mode, StaleGates):
             state = update(state, pending=jnp.zeros_like(state.pending))
-        reads, started = np.array(state.reads), time.perf_counter()
         state = run(state, mode, stop, limit)
-        if chooser is not None and way is not None:
-            steps_made = (np.array(state.reads) - reads).max() / (1 if way == "gates" else 2)
-            chooser.timed(way, (time.perf_counter() - started) / steps_made)
         yield state
 
 
-@lru_cache(maxsize=64)
-def _step_seconds(model: XLora, settings: Settings, shape: tuple[int, ...]) -> dict[Way, float]:
-    """Where times of steps are kept from one generation to the next: by what steps are compiled for."""
-    return {}
+def _bytes_of(params: Params) -> int:
+    return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(params))
 
 
 def _stopped(state: State, first: Ints, stop_at: StopAt | None) -> State:
@@ -243,20 +232,9 @@ def _stopped(state: State, first: Ints, stop_at: StopAt | None) -> State:
     return update(state, length=jnp.asarray(length, jnp.int32), done=state.done | jnp.asarray(ends))
 
 
-def _bytes_read(params: Params) -> tuple[int, int]:
-    """Bytes of the weights that the scaling pass and the real pass read."""
-    base = flatten(params["base"])
-    # A table of embeddings is looked up, and read as a whole only where it is the head too.
-    table = {path for path in base if path[0] == "embed_tokens"}
-    head = {path for path in base if path[0] == "lm_head"} or table
-    blocks = sum(int(leaf.nbytes) for path, leaf in base.items() if path not in head | table)
-    experts = sum(int(leaf.nbytes) for leaf in jax.tree.leaves(params["experts"]))
-    return blocks, blocks + experts + sum(int(base[path].nbytes) for path in head)
-
-
-def _prefill_all(model: XLora, settings: Settings, params: Params, state: State) -> State:
+def _prefill_all(xlora: XLora, settings: Settings, params: Params, state: State) -> State:
     longest = int(state.length.max())
-    chunk = min(chunk_size(model, longest, settings), state.tokens.shape[1])
+    chunk = min(chunk_size(xlora, longest, settings), state.tokens.shape[1])
     for offset in range(0, longest, chunk):
-        state = prefill(model, settings, params, state, jnp.int32(offset), chunk=chunk)
+        state = prefill(xlora, settings, params, state, jnp.int32(offset), chunk=chunk)
     return state

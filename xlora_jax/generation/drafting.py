@@ -1,24 +1,27 @@
-"""Drafting: guesses from the text itself, and the choice of the fastest way to decode.
+"""Drafting: guesses from the text itself, and the rule that chooses the way to decode.
 
-Decoding a token costs the time of its passes. The time of a pass is mostly the time to read the weights, so it grows
-little with the number of rows. Each way to make tokens (see :mod:`xlora_jax.generation.decoding`) reads the weights a
-different number of times per token and runs a different number of rows. The fastest way follows from the time of its
-step, estimated until it has been measured, and from two observations while decoding: the share of stale-gate drafts
-that are right, and how far the text repeats itself. The latter needs no draft: the tokens show it.
+The ways are described in :mod:`xlora_jax.generation.decoding`. The rule:
+
+- A text that repeats itself is looked up: on CPUs from 4 tokens per step, on accelerators from 2.5. What lookup would
+  have made of the text so far shows in its tokens, without running it.
+- On accelerators, where a few more rows cost next to nothing, up to 32 texts are decoded with stale gates, as long as
+  at least a quarter of the drafts is right.
+- Otherwise decoding is plain; always so on a CPU whose cache holds the weights, since reads are not what costs there.
 
 Axes: B batch, S slots of the token buffer, K guesses.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["GUESSES", "Chooser", "PassTimes", "Way", "look_up"]
+from xlora_jax.backend import target_backend
+
+__all__ = ["GUESSES", "Chooser", "Way", "look_up"]
 
 Ints = npt.NDArray[np.int32]
 # Plain; a draft from the gates of the token before; several drafts from the text.
@@ -28,26 +31,27 @@ Way = Literal["plain", "gates", "lookup"]
 GUESSES = 7
 # Tokens that are compared to find where the text has been before.
 _CONTEXT = 3
-# Time of a pass by its rows, in units of that of one row: (two rows, each further row); taken for granted until a step
-# has been timed. On CPUs a product of few rows does not reach the speed of one row: this is the best CPU seen. On
-# accelerators a row is free up to the ratio of their arithmetic to their memory.
-_ROWS_ON_CPU, _ROWS = (1.35, 0.055), (1.005, 0.005)
-# Weights up to this size stay in a CPU's cache from token to token: rows cost there, not reads, and nothing pays.
+# Tokens per step from which a lookup pays. Its eight rows cost a CPU up to four times one row (two kinds of CPU
+# measured), and an accelerator little more than one row, but two reads of the weights where stale gates need about one.
+_REPEATS_ON_CPU, _REPEATS = 4.0, 2.5
+# Texts that are decoded with stale gates at most: four rows each.
+_MOST_TEXTS = 32
+# Least share of stale-gate drafts that are right.
+_LEAST_ACCEPTANCE = 0.25
+# Weights up to this size stay in a CPU's cache from token to token.
 _CACHED = 64 * 2**20
-# What is taken for granted before anything has been seen: share of stale-gate drafts that are right, and of how many.
-_ACCEPTANCE, _SEEN = 0.85, 8.0
-# What was seen before the last piece counts this much.
+# Weight of what was seen before the last piece of text, against that piece.
 _MEMORY = 0.6
-# Another way has to be that much faster than plain decoding.
-_GAIN = 0.95
+# Stale-gate drafts that are taken as seen, and right, before the first one has been checked.
+_PRIOR = 8.0
 
 
 def look_up(tokens: Any, length: Any, count: int = GUESSES) -> Any:
     """Guess the tokens that follow, from an earlier place in the row that looks like its end (arXiv 2304.04487).
 
-    It is the latest place among those that agree with the row's last tokens over the longest stretch, up to three.
-    Where it is so near that its continuation runs into the end, the stretch between the two is repeated. Nothing found,
-    the last token is.
+    The place is the latest of those that agree with the row's last tokens over the longest stretch, up to three tokens.
+    If the continuation of that place runs into the end of the row, the stretch between the two is repeated. If nothing
+    matches, the last token is repeated.
 
     Args:
         tokens: int ``[B, S]``, NumPy or JAX.
@@ -69,66 +73,34 @@ def look_up(tokens: Any, length: Any, count: int = GUESSES) -> Any:
     return xp.take_along_axis(tokens, place + 1 + xp.arange(count) % (last - place), axis=1)
 
 
-@dataclass(frozen=True)
-class PassTimes:
-    """Times of a pass, in units of that of the real pass over one row.
-
-    Attributes:
-        scaling: of the scaling pass over one row: it reads neither experts nor output head.
-        two_rows: factor from one row to two.
-        row: of each further row.
-    """
-
-    scaling: float
-    two_rows: float
-    row: float
-
-    @classmethod
-    def of(cls, scaling_bytes: int, real_bytes: int, backend: str) -> PassTimes | None:
-        """Make those of a JAX backend, for passes that read so many bytes of weights; None where no draft can pay."""
-        if backend == "cpu" and real_bytes < _CACHED:
-            return None
-        return cls(scaling_bytes / real_bytes, *(_ROWS_ON_CPU if backend == "cpu" else _ROWS))
-
-    def rows(self, count: int) -> float:
-        """Give the factor from one row to ``count``."""
-        return 1.0 if count == 1 else self.two_rows + self.row * (count - 2)
-
-    def step(self, way: Way, batch: int) -> float:
-        """Give the time of one step with ``batch`` rows of text."""
-        if way == "gates":
-            return self.rows(4 * batch)
-        return self.rows(batch if way == "plain" else (GUESSES + 1) * batch) * (self.scaling + 1)
-
-
 @dataclass
 class Chooser:
-    """Chooses the way to decode from what has been seen of this text; one for each generation.
+    """The rule at the head of this module, applied to one generation.
 
     Attributes:
-        times: of the passes, as far as they can be told without running them.
-        looked: int32 ``[B]``, how far each row's text has been looked at: tokens.
-        seconds: shortest time of a step seen, of each way that has been timed; infinite where the way has run once, and
-            was compiled then. Outlives this object where more such generations follow.
+        looked: int32 ``[B]``, number of tokens of each row's text that have been looked at.
     """
 
-    times: PassTimes
     looked: Ints
-    seconds: dict[Way, float] = field(default_factory=dict)
-    _checked: float = field(default=_SEEN, init=False)
-    _accepted: float = field(default=_SEEN * _ACCEPTANCE, init=False)
+    _checked: float = field(default=_PRIOR, init=False)
+    _accepted: float = field(default=_PRIOR, init=False)
     _steps: float = field(default=1.0, init=False)
     _tokens: float = field(default=1.0, init=False)
     _counted: tuple[int, int] = field(default=(0, 0), init=False)
 
+    @staticmethod
+    def pays(weight_bytes: int) -> bool:
+        """Return whether any draft can pay, for parameters of that size."""
+        return target_backend() != "cpu" or weight_bytes >= _CACHED
+
     def see(self, tokens: Ints, length: Ints, checked: int, accepted: int) -> None:
-        """Take in what the last steps gave.
+        """Take in the text so far.
 
         Args:
             tokens: int32 ``[B, S]``.
             length: int32 ``[B]``.
-            checked: stale-gate drafts that were checked since the beginning.
-            accepted: those that were right.
+            checked: number of stale-gate drafts checked since the beginning.
+            accepted: number of those that were right.
         """
         new = (checked - self._counted[0], accepted - self._counted[1])
         self._counted = checked, accepted
@@ -149,22 +121,11 @@ class Chooser:
         if steps:
             self._steps, self._tokens = _MEMORY * self._steps + steps, _MEMORY * self._tokens + made
 
-    def timed(self, way: Way, seconds: float) -> None:
-        """Take in what a step of a way took, on average over a call."""
-        self.seconds[way] = min(seconds, self.seconds[way]) if way in self.seconds else math.inf
-
     def choose(self) -> Way:
-        """Give the way that is likely to be fastest from here on."""
-        batch = len(self.looked)
-        timed = {way: seconds for way, seconds in self.seconds.items() if seconds < math.inf}
-        # What one unit of time is, by the ways that were timed, the plain one first.
-        known = "plain" if "plain" in timed else next(iter(timed), None)
-        unit = 1.0 if known is None else timed[known] / self.times.step(known, batch)
-        tokens = {"plain": 1.0, "gates": 1 / (2 - self._accepted / self._checked), "lookup": self._tokens / self._steps}
-
-        def expected(way: Way) -> float:
-            step = timed.get(way, unit * self.times.step(way, batch))
-            return step / tokens[way] / (1 if way == "plain" else _GAIN)
-
-        ways: tuple[Way, ...] = ("plain", "gates", "lookup")
-        return min(ways, key=expected)
+        """Return the way to decode from here on."""
+        on_cpu = target_backend() == "cpu"
+        if self._tokens / self._steps >= (_REPEATS_ON_CPU if on_cpu else _REPEATS):
+            return "lookup"
+        if on_cpu or len(self.looked) > _MOST_TEXTS or self._accepted < _LEAST_ACCEPTANCE * self._checked:
+            return "plain"
+        return "gates"

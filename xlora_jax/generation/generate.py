@@ -157,7 +157,7 @@ class Generated:
 
 
 def generate(
-    model: XLora,
+    xlora: XLora,
     params: Params,
     input_ids: Any,
     attention_mask: Any,
@@ -169,7 +169,7 @@ def generate(
     """Generate from a batch of prompts.
 
     Args:
-        model: static description.
+        xlora: static description.
         params: of the model.
         input_ids: int ``[B, T]``.
         attention_mask: ``[B, T]``, zero at padding, which may stand anywhere; None for none.
@@ -180,7 +180,7 @@ def generate(
     Raises:
         ValueError: shapes that do not fit, a prompt without tokens, or a setting without meaning.
     """
-    run = _Run.of(model, params, input_ids, attention_mask, config, experts=experts, record=record)
+    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, record=record)
     *_, state = run.states(None)
     width = run.input_ids.shape[1]
     tokens = np.full((len(run.input_ids), width + config.max_new_tokens), config.pad, np.int32)
@@ -192,7 +192,7 @@ def generate(
 
 
 def stream(
-    model: XLora,
+    xlora: XLora,
     params: Params,
     input_ids: Any,
     attention_mask: Any,
@@ -204,7 +204,7 @@ def stream(
     """Generate piece by piece; the tokens are those of :func:`generate`, whose arguments these are.
 
     Args:
-        model: static description.
+        xlora: static description.
         params: of the model.
         input_ids: int ``[B, T]``.
         attention_mask: ``[B, T]``, or None.
@@ -218,7 +218,7 @@ def stream(
     Returns:
         What it cost: the value of ``yield from``.
     """
-    run = _Run.of(model, params, input_ids, attention_mask, config, experts=experts)
+    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts)
     given = np.zeros_like(run.lengths)
     state = None
     for state in run.states(steps):
@@ -256,7 +256,7 @@ class _Run:
     @classmethod
     def of(
         cls,
-        model: XLora,
+        xlora: XLora,
         params: Params,
         input_ids: Any,
         attention_mask: Any,
@@ -276,12 +276,12 @@ class _Run:
         lengths = (mask != 0).sum(axis=1).astype(np.int32)
         if not lengths.all():
             raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens: its attention_mask is all zero")
-        if not isinstance(model.module, Decoder):
+        if not isinstance(xlora.module, Decoder):
             raise NotImplementedError(
                 f"generate: expected a causal language model of xlora_jax.models (Decoder), got "
-                f"{type(model.module).__name__}, which keeps no cache"
+                f"{type(xlora.module).__name__}, which keeps no cache"
             )
-        most = model.module.config.max_positions
+        most = xlora.module.config.max_positions
         if most is not None and lengths.max() + config.max_new_tokens > most:
             raise ValueError(
                 f"this model has {most} positions, got a prompt of {lengths.max()} tokens and max_new_tokens "
@@ -289,7 +289,7 @@ class _Run:
             )
         ids, mask, lengths = (np.repeat(array, config.num_return_sequences, axis=0) for array in (ids, mask, lengths))
         settings = config.settings(record=record and experts)
-        return cls(model, params, config, settings, experts, ids.astype(np.int32), mask, lengths)
+        return cls(xlora, params, config, settings, experts, ids.astype(np.int32), mask, lengths)
 
     def states(self, steps: int | None) -> Iterator[State]:
         self.started = time.perf_counter()
@@ -305,7 +305,7 @@ class _Run:
             experts=self.experts,
         )
         stop_at = self.config.stop_at
-        for after in decode(self.model, self.params, state, self.settings, steps=steps, stop_at=stop_at):
+        for after in decode(self.model, self.settings, self.params, state, steps=steps, stop_at=stop_at):
             if not self.prefilled:
                 after.length.block_until_ready()
                 self.prefilled = time.perf_counter()

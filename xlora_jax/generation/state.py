@@ -90,7 +90,7 @@ class State:
 
 
 def start(
-    model: XLora,
+    xlora: XLora,
     prompts: Ints,
     lengths: Ints,
     *,
@@ -102,7 +102,7 @@ def start(
     """Make the state before anything has run.
 
     Args:
-        model: static description.
+        xlora: static description.
         prompts: int32 ``[B, T]``, each row from the left without gaps.
         lengths: int32 ``[B]``, how many tokens each row has.
         max_new_tokens: at least 1.
@@ -112,20 +112,20 @@ def start(
     """
     batch = len(prompts)
     longest = int(lengths.max())
-    chunk = chunk_size(model, longest, settings)
+    chunk = chunk_size(xlora, longest, settings)
     # Slots behind the longest row, for drafts; and whole chunks of the prompt.
     ahead = GUESSES if experts and settings.draft else 0
     capacity = bucket(max(longest + max_new_tokens + ahead, -(-longest // chunk) * chunk))
     tokens = np.zeros((batch, capacity), np.int32)
     tokens[:, :longest] = prompts[:, :longest]
     # No rings where the whole sequence may have to run again. A ring holds the window and what is written at once.
-    margin = None if model.module.config.rope_switches_at is not None else max(chunk, ahead + 1)
-    caches = [model.module.empty_cache(batch, capacity, settings.cache_dtype, margin) for _ in range(1 + experts)]
+    margin = None if xlora.module.config.rope_switches_at is not None else max(chunk, ahead + 1)
+    caches = [xlora.module.empty_cache(batch, capacity, settings.cache_dtype, margin) for _ in range(1 + experts)]
     scalings = recorded = None
     if experts:
-        shape = (len(model.layers) if model.config.layerwise_scalings else 1, model.num_experts)
-        scalings = jnp.zeros((batch, *shape), model.module.dtype)
-        recorded = jnp.zeros((batch, capacity, *shape), model.module.dtype) if settings.record else None
+        shape = (len(xlora.layers) if xlora.config.layerwise_scalings else 1, xlora.num_experts)
+        scalings = jnp.zeros((batch, *shape), xlora.module.dtype)
+        recorded = jnp.zeros((batch, capacity, *shape), xlora.module.dtype) if settings.record else None
     return State(
         tokens=jnp.asarray(tokens),
         length=jnp.asarray(lengths, jnp.int32),
@@ -161,11 +161,11 @@ def bucket(length: int, least: int = 16) -> int:
     return size
 
 
-def chunk_size(model: XLora, longest: int, settings: Settings) -> int:
+def chunk_size(xlora: XLora, longest: int, settings: Settings) -> int:
     """Tokens per call of :func:`prefill`."""
     # Where the longest position decides the rotary frequencies of all, a prompt cannot be cut.
-    whole = model.module.config.rope_switches_at is not None
-    size = min(bucket(longest), model.module.config.max_positions or UNBOUNDED)
+    whole = xlora.module.config.rope_switches_at is not None
+    size = min(bucket(longest), xlora.module.config.max_positions or UNBOUNDED)
     return size if whole else min(size, settings.prefill_chunk)
 
 

@@ -32,7 +32,7 @@ __all__ = ["MODES", "Base", "Frozen", "Lookup", "Mode", "Plain", "StaleGates"]
 class Mode(Protocol):
     """A way to make one step; hashable."""
 
-    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+    def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """Make a step. Rows that are not ``active`` (bool ``[B]``) keep what they have."""
         ...
 
@@ -41,11 +41,11 @@ class Mode(Protocol):
 class Base:
     """The base model alone."""
 
-    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+    def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
         token, place = last_token(state)
-        out = base_forward(model, params, input_ids=token, cache=state.real, place=place, with_logits=False)
-        logits = unembed(model, params, out.hidden_states)[:, 0]
+        out = base_forward(xlora, params, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(xlora, params, out.hidden_states)[:, 0]
         state = update(state, real=out.cache, reads=state.reads + active)
         return append_token(settings, state, choose_token(settings, state, logits, state.length), active)
 
@@ -54,13 +54,13 @@ class Base:
 class Plain:
     """Both passes, one after the other."""
 
-    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+    def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
         token, place = last_token(state)
-        hidden, scaling = scaling_pass(model, params, input_ids=token, cache=state.scaling, place=place)
-        scalings = classify(model, params, hidden)
-        out = real_pass(model, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
-        logits = unembed(model, params, out.hidden_states, scalings)[:, 0]
+        hidden, scaling = scaling_pass(xlora, params, input_ids=token, cache=state.scaling, place=place)
+        scalings = classify(xlora, params, hidden)
+        out = real_pass(xlora, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(xlora, params, out.hidden_states, scalings)[:, 0]
         state = update(
             state,
             scaling=scaling,
@@ -76,13 +76,13 @@ class Plain:
 class Frozen:
     """The real pass alone, with the gates of the last token before. Approximate."""
 
-    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+    def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
         assert state.scalings is not None
         token, place = last_token(state)
         scalings = state.scalings[:, None]
-        out = real_pass(model, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
-        logits = unembed(model, params, out.hidden_states, scalings)[:, 0]
+        out = real_pass(xlora, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(xlora, params, out.hidden_states, scalings)[:, 0]
         state = update(
             state,
             real=out.cache,
@@ -96,13 +96,13 @@ class Frozen:
 class StaleGates:
     """Both passes as one batch, a position apart; see :mod:`xlora_jax.generation.decoding`."""
 
-    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+    def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
         assert state.scalings is not None
         assert state.scaling is not None
         rows = jnp.arange(len(state.tokens))
         old, position = state.scalings, state.length - 1 + state.pending
-        logits, fresh, caches = self._passes(model, params, state, position)
+        logits, fresh, caches = self._passes(xlora, params, state, position)
         state = update(state, scaling=caches.scaling, real=caches.real)
 
         certain = choose_token(settings, state, logits[:, 0], position)
@@ -128,7 +128,7 @@ class StaleGates:
         )
 
     def _passes(
-        self, model: XLora, params: Params, state: State, position: jax.Array
+        self, xlora: XLora, params: Params, state: State, position: jax.Array
     ) -> tuple[jax.Array, jax.Array, PairedCache]:
         """Run the scaling pass at ``position [B]``, the real pass there and one before.
 
@@ -144,9 +144,9 @@ class StaleGates:
         two = jnp.stack([position - 1, position], axis=1)
         tokens = jnp.take_along_axis(state.tokens, two, axis=1)
         known = jnp.broadcast_to(state.scalings[:, None], (batch, 2, *state.scalings.shape[1:]))
-        constant = mixing.constant_scalings(known.shape, model.config.scaling_pass_gate(model.num_experts), known.dtype)
+        constant = mixing.constant_scalings(known.shape, xlora.config.scaling_pass_gate(xlora.num_experts), known.dtype)
         out = real_pass(
-            model,
+            xlora,
             params,
             jnp.concatenate([constant, known]),
             input_ids=jnp.concatenate([tokens, tokens]),
@@ -154,8 +154,8 @@ class StaleGates:
             place=Place(*(jnp.concatenate([column, column]) for column in (two[:, 0], two[:, 1]))),
             with_logits=False,
         )
-        fresh = classify(model, params, out.hidden_states[:batch, 1:])[:, 0]
-        logits = unembed(model, params, out.hidden_states[batch:], known)
+        fresh = classify(xlora, params, out.hidden_states[:batch, 1:])[:, 0]
+        logits = unembed(xlora, params, out.hidden_states[batch:], known)
         return logits, fresh, cast(PairedCache, out.cache)
 
 
@@ -163,7 +163,7 @@ class StaleGates:
 class Lookup:
     """Both passes, one after the other, over the last token and the guesses that follow it."""
 
-    def step(self, model: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+    def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
         rows = jnp.arange(len(state.tokens))
         position = state.length - 1
@@ -173,10 +173,10 @@ class Lookup:
         tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
         # What a row has no room for counts as padding: its position may be one that the model does not have.
         place = Place(position, jnp.clip(state.limit - 2, position, position + GUESSES))
-        hidden, scaling = scaling_pass(model, params, input_ids=tokens, cache=state.scaling, place=place)
-        scalings = classify(model, params, hidden)
-        out = real_pass(model, params, scalings, input_ids=tokens, cache=state.real, place=place, with_logits=False)
-        logits = unembed(model, params, out.hidden_states, scalings)
+        hidden, scaling = scaling_pass(xlora, params, input_ids=tokens, cache=state.scaling, place=place)
+        scalings = classify(xlora, params, hidden)
+        out = real_pass(xlora, params, scalings, input_ids=tokens, cache=state.real, place=place, with_logits=False)
+        logits = unembed(xlora, params, out.hidden_states, scalings)
         state = update(state, scaling=scaling, real=out.cache, reads=state.reads + 2 * active)
         for step in range(GUESSES + 1):
             state = update(

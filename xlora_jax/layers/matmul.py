@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlora_jax.backend import target_backend
+
 __all__ = ["by_head", "dot_general", "matmul"]
 
 # Sizes of a matrix, in elements, for which it pays: below, the parts cost more than they save; above, one core keeps
@@ -39,7 +41,7 @@ def dot_general(
     contracts_last = tuple(map(tuple, dimension_numbers[0])) == ((lhs.ndim - 1,), (0,))
     if one_row and contracts_last and lhs.dtype == rhs.dtype:
         depth, width = rhs.shape
-        backend = jax.default_backend()
+        backend = target_backend()
         if backend == "gpu" or (backend == "cpu" and rhs.dtype == jnp.bfloat16):
             rows = jnp.broadcast_to(lhs.reshape(1, depth), (2, depth))
             # A CPU's product in bfloat16 gives float32.
@@ -56,7 +58,7 @@ def dot_general(
 def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply ``x [..., D]`` by ``matrix [D, F]`` of the same dtype; accumulates, and returns, float32 or wider."""
     accumulate = jnp.promote_types(matrix.dtype, jnp.float32)
-    if jax.default_backend() == "gpu" and x.size <= _MOST_ROWS * x.shape[-1]:
+    if target_backend() == "gpu" and x.size <= _MOST_ROWS * x.shape[-1]:
         # XLA makes products of one input one product, here those of a layer and of its experts, and copies their
         # matrices side by side for it: at every step of decoding. Behind a barrier each has an input of its own.
         x, matrix = lax.optimization_barrier((x, matrix))
@@ -70,14 +72,14 @@ def by_head(rows: jax.Array, matrices: jax.Array) -> jax.Array:
         ``[B, K, R, F]``, float32 or wider.
     """
     accumulate = jnp.promote_types(matrices.dtype, jnp.float32)
-    if jax.default_backend() != "cpu" or rows.shape[2] > _MOST_ROWS:
+    if target_backend() != "cpu" or rows.shape[2] > _MOST_ROWS:
         return jnp.einsum("bkrd,bkdf->bkrf", rows, matrices, preferred_element_type=accumulate)
     return (rows.astype(accumulate)[..., None] * matrices.astype(accumulate)[:, :, None]).sum(axis=-2)
 
 
 def _parts(matrix: jax.Array) -> int:
     """Into how many parts to take the contraction of a row with ``matrix``; 1 for a plain product."""
-    if jax.default_backend() != "cpu" or matrix.dtype != jnp.float32 or not _LEAST <= matrix.size < _MOST:
+    if target_backend() != "cpu" or matrix.dtype != jnp.float32 or not _LEAST <= matrix.size < _MOST:
         return 1
     parts = 1
     while 2 * parts <= min(os.cpu_count() or 1, _MOST_PARTS) and len(matrix) % (2 * parts) == 0:

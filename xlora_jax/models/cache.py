@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from xlora_jax.backend import target_backend
+
 __all__ = ["Cache", "KVCache", "PairedCache", "Place"]
 
 # From queries [B, T, H, C], keys [B, K, C, S], values [B, K, S, C] and a mask [B or 1, 1, T, S] to [B, T, H, C].
@@ -115,7 +117,7 @@ class KVCache:
             ring: slots that suffice for a block that slides; None for no rings.
         """
         batch, heads, capacity, width = shape
-        as_rows = jax.default_backend() == "tpu"
+        as_rows = target_backend() == "tpu"
         rings = tuple(ring is not None and ring < capacity and slides for slides in sliding or [False] * num_layers)
 
         def pair(slots: int | None, *stack: int) -> tuple[jax.Array, jax.Array]:

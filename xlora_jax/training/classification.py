@@ -43,14 +43,14 @@ def _classification(out: XLoraOutput, labels: jax.Array) -> jax.Array:
 
 
 def make_objective_step(
-    model: XLora,
+    xlora: XLora,
     optimizer: optax.GradientTransformation,
     loss: Callable[[XLoraOutput, jax.Array], jax.Array] = _classification,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Make the jitted step ``(state, frozen, batch) -> (state, metrics)`` for a loss of the model's output.
 
     Args:
-        model: static description.
+        xlora: static description.
         optimizer: any optax transformation.
         loss: of the output and ``batch["labels"]``; default :func:`classification_loss` of its logits.
 
@@ -63,7 +63,7 @@ def make_objective_step(
         dropout, lora_dropout = jax.random.split(rng)
         inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
         rngs = {"dropout": dropout, "lora_dropout": lora_dropout}
-        return loss(forward(model, merge_params(trainable, frozen), rngs=rngs, **inputs), batch["labels"])
+        return loss(forward(xlora, merge_params(trainable, frozen), rngs=rngs, **inputs), batch["labels"])
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(state.rng, state.step)

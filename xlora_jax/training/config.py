@@ -47,6 +47,7 @@ class TrainConfig:
         max_bad_steps: so many steps in a row that are not finite stop the run.
         scaling_cache: ``off``, ``memory`` or ``disk``.
         scaling_cache_dtype: float32 or bfloat16.
+        scaling_cache_directory: of ``scaling_cache="disk"``; None takes ``output/scaling_cache``.
         data: size of that mesh axis; -1 takes what the others leave.
         fsdp: likewise.
         tensor: likewise.
@@ -82,6 +83,7 @@ class TrainConfig:
     max_bad_steps: int = 5
     scaling_cache: str = "off"
     scaling_cache_dtype: str = "float32"
+    scaling_cache_directory: str | None = None
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -124,6 +126,7 @@ class TrainConfig:
         "log_every",
         "max_bad_steps",
         "scaling_cache",
+        "scaling_cache_directory",
         "remat",
         "attention",
         "loss_chunk",

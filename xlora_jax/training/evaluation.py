@@ -35,7 +35,7 @@ def evaluate(
     """
     from xlora_jax.training.losses import IGNORED_LABEL
 
-    total, tokens, gates = 0.0, 0, np.zeros(1)
+    total, tokens, scalings = 0.0, 0, np.zeros(1)
     local, rank = batch_size // jax.process_count(), jax.process_index()
     for start in range(0, len(rows), batch_size):
         batch = {name: array[start : start + batch_size] for name, array in rows.arrays.items()}
@@ -44,6 +44,6 @@ def evaluate(
             # One compiled shape: the last batch is filled up with rows in which nothing is learnt.
             fill = IGNORED_LABEL if name == "labels" else 0
             batch[name] = np.pad(array, ((0, missing), (0, 0)), constant_values=fill)[rank * local : (rank + 1) * local]
-        loss, count, gate = step(trainable, frozen, put(batch))
-        total, tokens, gates = total + float(loss), tokens + int(count), gates + np.asarray(gate, np.float64)
-    return total / max(tokens, 1), gates / max(tokens, 1)
+        loss, count, sums = step(trainable, frozen, put(batch))
+        total, tokens, scalings = total + float(loss), tokens + int(count), scalings + np.asarray(sums, np.float64)
+    return total / max(tokens, 1), scalings / max(tokens, 1)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-__all__ = ["IGNORED_LABEL", "Head", "causal_lm_loss", "chunked_cross_entropy", "next_token_targets"]
+__all__ = ["IGNORED_LABEL", "HeadFunction", "causal_lm_loss", "chunked_cross_entropy", "next_token_targets"]
 
 IGNORED_LABEL = -100
 
 # (what learns, what is frozen, hidden [B, t, D], scalings [B, t, L, N] or None) -> logits [B, t, V]
-Head = Callable[[Any, Any, jax.Array, jax.Array | None], jax.Array]
+HeadFunction = Callable[[Any, Any, jax.Array, jax.Array | None], jax.Array]
 
 
 def next_token_targets(labels: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -46,7 +46,7 @@ def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def chunked_cross_entropy(
-    head: Head,
+    head: HeadFunction,
     learnt: Any,
     frozen: Any,
     hidden_states: jax.Array,
@@ -101,7 +101,13 @@ def _join(chunks: jax.Array, length: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
-    head: Head, chunk: int, learnt: Any, frozen: Any, hidden: jax.Array, scalings: jax.Array | None, targets: jax.Array
+    head: HeadFunction,
+    chunk: int,
+    learnt: Any,
+    frozen: Any,
+    hidden: jax.Array,
+    scalings: jax.Array | None,
+    targets: jax.Array,
 ) -> jax.Array:
     chunk = min(chunk, hidden.shape[1])
 
@@ -119,7 +125,13 @@ def _parts(hidden: jax.Array, scalings: jax.Array | None, targets: jax.Array, ch
 
 
 def _chunked_forward(
-    head: Head, chunk: int, learnt: Any, frozen: Any, hidden: jax.Array, scalings: jax.Array | None, targets: jax.Array
+    head: HeadFunction,
+    chunk: int,
+    learnt: Any,
+    frozen: Any,
+    hidden: jax.Array,
+    scalings: jax.Array | None,
+    targets: jax.Array,
 ) -> tuple[jax.Array, Any]:
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -140,7 +152,7 @@ def _chunked_forward(
     return total, (d_learnt, _join(d_hidden, length), d_scalings)
 
 
-def _chunked_backward(head: Head, chunk: int, gradients: Any, d_total: jax.Array) -> tuple[Any, ...]:
+def _chunked_backward(head: HeadFunction, chunk: int, gradients: Any, d_total: jax.Array) -> tuple[Any, ...]:
     d_learnt, d_hidden, d_scalings = jax.tree.map(lambda g: g * d_total.astype(g.dtype), gradients)
     return d_learnt, None, d_hidden, d_scalings, None
 

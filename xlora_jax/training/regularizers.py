@@ -20,7 +20,7 @@ class Regularizers:
 
     Attributes:
         load_balance: of :func:`load_balance_loss`; 0.01 in the paper.
-        entropy: of :func:`router_entropy`. Positive makes gates sharper, negative keeps them from collapsing.
+        entropy: of :func:`router_entropy`. Positive sharpens the scalings, negative keeps them from collapsing.
         z_loss: of :func:`router_z_loss`; 0.001 in the paper.
         per_layer: balance the experts within every adapted layer (True), or over all layers together.
     """
@@ -89,7 +89,7 @@ def load_balance_loss(logits: jax.Array, weights: jax.Array, top_k: int = 1, per
 
 
 def router_entropy(logits: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean entropy of a token's gates, in nats: between 0 (one expert) and log N (all alike).
+    """Return the mean entropy of a token's scalings, in nats: between 0 (one expert) and log N (all alike).
 
     As a penalty it is minimum-entropy regularisation (Grandvalet and Bengio, NIPS 2004); with a negative weight the
     confidence penalty of arXiv 1701.06548.

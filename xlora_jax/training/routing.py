@@ -51,7 +51,7 @@ class Routing:
         return means.replace(tokens=self.tokens)  # type: ignore[attr-defined,no-any-return]
 
 
-def make_routing_step(model: XLora, *, loss_chunk: int = 256) -> Callable[[Params, Batch], Routing]:
+def make_routing_step(xlora: XLora, *, loss_chunk: int = 256) -> Callable[[Params, Batch], Routing]:
     """Make the jitted function ``(params, batch) -> Routing``.
 
     Batches are those of :func:`~xlora_jax.training.step.batch_loss`.
@@ -60,21 +60,21 @@ def make_routing_step(model: XLora, *, loss_chunk: int = 256) -> Callable[[Param
         ValueError: when it is called, if the model classifies.
     """
     # Experts that weigh nothing leave the base model.
-    alone = dataclasses.replace(model, config=dataclasses.replace(model.config, global_scaling_weight=0.0))
+    alone = dataclasses.replace(xlora, config=dataclasses.replace(xlora.config, global_scaling_weight=0.0))
 
     def step(params: Params, batch: Batch) -> Routing:
-        loss, _, scalings = batch_loss(model, {}, params, batch, loss_chunk=loss_chunk)
+        loss, _, scalings = batch_loss(xlora, {}, params, batch, loss_chunk=loss_chunk)
         base_loss, _, _ = batch_loss(alone, {}, params, batch, loss_chunk=loss_chunk)
         counted = (next_token_targets(batch["labels"], batch.get("segment_ids")) != IGNORED_LABEL).astype(jnp.float32)
         gates = mixing.layer_gates(
             scalings.astype(jnp.float32),
-            top_k=model.config.top_k_lora,
-            softmax_selected=model.config.enable_softmax_topk,
+            top_k=xlora.config.top_k_lora,
+            softmax_selected=xlora.config.enable_softmax_topk,
         )
         total = gates.sum(axis=-1, keepdims=True)
         shares = gates / jnp.where(total == 0, 1, total)
         entropy = -(shares * jnp.log(jnp.where(shares > 0, shares, 1))).sum(axis=-1)
-        leads = jax.nn.one_hot(gates.argmax(axis=-1), model.num_experts)
+        leads = jax.nn.one_hot(gates.argmax(axis=-1), xlora.num_experts)
         return Routing(
             tokens=counted.sum(),
             loss=loss,

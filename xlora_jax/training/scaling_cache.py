@@ -25,17 +25,17 @@ __all__ = ["ScalingCache", "fingerprint"]
 _KEYED = ("input_ids", "positions", "segment_ids", "attention_mask")
 
 
-def fingerprint(model: XLora, params: Params) -> str:
+def fingerprint(xlora: XLora, params: Params) -> str:
     """Name a model by what its scaling pass depends on: a hash of settings, and of sampled values of its arrays.
 
     Of each array some 4000 values are read, spread over it evenly: enough to tell apart models that were trained
     or loaded differently, and cheap for a base of any size.
     """
-    gate = model.config.scaling_pass_gate(model.num_experts)
+    gate = xlora.config.scaling_pass_gate(xlora.num_experts)
     # How the same numbers are computed (recomputation, attention kernel, layout) makes no other model.
-    module = model.module
+    module = xlora.module
     digest = hashlib.sha256(repr((module.config, jnp.dtype(module.dtype).name, gate)).encode())
-    for root in ("base", "experts") if gate != 0 or model.layers.with_bias else ("base",):
+    for root in ("base", "experts") if gate != 0 or xlora.layers.with_bias else ("base",):
         for path, leaf in sorted(flatten(params[root]).items()):
             step = max(1, leaf.size // 4096)
             sample = np.asarray(jax.device_get(jnp.ravel(leaf)[::step][:4096].astype(jnp.float32)))

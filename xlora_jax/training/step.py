@@ -123,7 +123,7 @@ def init_train_state(
 
 
 def batch_loss(
-    model: XLora,
+    xlora: XLora,
     trainable: Params,
     frozen: Params,
     batch: Batch,
@@ -135,7 +135,7 @@ def batch_loss(
     """Both passes and the loss, as a pure function to be differentiated with respect to ``trainable``.
 
     Args:
-        model: static description.
+        xlora: static description.
         trainable: what learns.
         frozen: the rest of the parameters.
         batch: ``input_ids`` and ``labels`` int ``[B, T]``; may have ``attention_mask``, and for packed documents
@@ -151,7 +151,7 @@ def batch_loss(
     Raises:
         ValueError: the model classifies.
     """
-    if (kind := getattr(model.module.config, "head", "lm")) != "lm":
+    if (kind := getattr(xlora.module.config, "head", "lm")) != "lm":
         raise ValueError(
             f"the base model has a head that classifies ({kind!r}), which has no next token to predict: train it with "
             f"xlora_jax.training.classification.make_objective_step"
@@ -168,27 +168,27 @@ def batch_loss(
 
     hidden = batch.get("scaling_hidden")
     if hidden is None:
-        hidden, _ = scaling_pass(model, params, rngs=lora_rngs[0], **inputs)
-    hidden = hidden.astype(model.module.dtype)
+        hidden, _ = scaling_pass(xlora, params, rngs=lora_rngs[0], **inputs)
+    hidden = hidden.astype(xlora.module.dtype)
     dropout = {key: rng for key, rng in rngs.items() if key == "dropout"}
     extra = jnp.float32(0)
     if regularizers:
-        config = model.config
+        config = xlora.config
         # The same classifier without its softmax: the terms are defined on logits.
-        bare = dataclasses.replace(model, config=dataclasses.replace(config, enable_softmax=False))
+        bare = dataclasses.replace(xlora, config=dataclasses.replace(config, enable_softmax=False))
         logits = classify(bare, params, hidden, rngs=dropout)
         scalings = mixing.temperature_softmax(logits, config.softmax_temperature) if config.enable_softmax else logits
         mask = batch.get("segment_ids", batch.get("attention_mask"))
         extra = regularizers(logits, mask, temperature=config.softmax_temperature, top_k=config.top_k_lora)
     else:
-        scalings = classify(model, params, hidden, rngs=dropout)
+        scalings = classify(xlora, params, hidden, rngs=dropout)
 
-    out = real_pass(model, params, scalings, rngs=lora_rngs[1], with_logits=False, **inputs)
+    out = real_pass(xlora, params, scalings, rngs=lora_rngs[1], with_logits=False, **inputs)
     targets = next_token_targets(batch["labels"], batch.get("segment_ids"))
     head_scalings = scalings if "lm_head" in params["experts"] else None
 
     def head(learnt: Any, rest: Any, hidden: jax.Array, scalings: jax.Array | None) -> jax.Array:
-        return unembed(model, merge_params(learnt, rest), hidden, scalings)
+        return unembed(xlora, merge_params(learnt, rest), hidden, scalings)
 
     learnt = {path: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("experts", "lm_head")}
     total = chunked_cross_entropy(
@@ -205,7 +205,7 @@ def _count(batch: Batch) -> jax.Array:
 
 
 def make_train_step(
-    model: XLora,
+    xlora: XLora,
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
@@ -221,7 +221,7 @@ def make_train_step(
     loss or gradient is not finite changes nothing but the counts of such steps.
 
     Args:
-        model: static description.
+        xlora: static description.
         optimizer: any optax transformation.
         accumulate: A, micro-batches per step. Above 1 every array of a batch has a leading A axis.
         loss_chunk: positions of a row whose logits exist at a time.
@@ -240,7 +240,7 @@ def make_train_step(
         dropout, lora_dropout = jax.random.split(rng)
         with keep_batch_split(mesh):
             total, extra, _ = batch_loss(
-                model,
+                xlora,
                 trainable,
                 frozen,
                 batch,
@@ -294,25 +294,25 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: XLora, *, loss_chunk: int = 256, mesh: Mesh | None = None
+    xlora: XLora, *, loss_chunk: int = 256, mesh: Mesh | None = None
 ) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Make the jitted function ``(trainable, frozen, batch) -> (loss, tokens, gates)``; no dropout acts.
+    """Make the jitted function ``(trainable, frozen, batch) -> (loss, tokens, scalings)``; no dropout acts.
 
-    ``loss`` is the sum of the tokens' cross-entropy and ``tokens`` their number, so that batches add up. ``gates [N]``
-    is the sum over the tokens that are predicted of each expert's scaling, the mean over adapted layers.
+    ``loss`` is the sum of the tokens' cross-entropy and ``tokens`` their number, so that batches add up. ``scalings
+    [N]`` is the sum over the predicted tokens of each expert's scaling, averaged over the adapted layers.
     """
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         with keep_batch_split(mesh):
-            total, _, scalings = batch_loss(model, trainable, frozen, batch, loss_chunk=loss_chunk)
+            total, _, scalings = batch_loss(xlora, trainable, frozen, batch, loss_chunk=loss_chunk)
         counted = next_token_targets(batch["labels"], batch.get("segment_ids")) != IGNORED_LABEL
-        gates = jnp.einsum("btn,bt->n", scalings.astype(jnp.float32).mean(axis=2), counted.astype(jnp.float32))
-        return total, counted.sum(), gates
+        sums = jnp.einsum("btn,bt->n", scalings.astype(jnp.float32).mean(axis=2), counted.astype(jnp.float32))
+        return total, counted.sum(), sums
 
     return jax.jit(step)
 
 
-def make_scaling_step(model: XLora, *, mesh: Mesh | None = None) -> Callable[[Params, Batch], jax.Array]:
+def make_scaling_step(xlora: XLora, *, mesh: Mesh | None = None) -> Callable[[Params, Batch], jax.Array]:
     """Make the jitted function ``(frozen, batch) -> hidden [B, T, D]``: the scaling pass alone.
 
     Its result does not change in training, and can be kept (:mod:`xlora_jax.training.scaling_cache`).
@@ -320,8 +320,8 @@ def make_scaling_step(model: XLora, *, mesh: Mesh | None = None) -> Callable[[Pa
     Raises:
         ValueError: the pass depends on what learns, or on chance.
     """
-    config = model.config
-    if config.use_trainable_adapters and (config.scaling_pass_gate(model.num_experts) != 0 or model.layers.with_bias):
+    config = xlora.config
+    if config.use_trainable_adapters and (config.scaling_pass_gate(xlora.num_experts) != 0 or xlora.layers.with_bias):
         raise ValueError(
             "the scaling pass runs through experts that learn, so its result can't be kept: expected frozen experts "
             "(use_trainable_adapters=False) or scaling_pass_value=0 without lora_bias"
@@ -330,6 +330,6 @@ def make_scaling_step(model: XLora, *, mesh: Mesh | None = None) -> Callable[[Pa
     def step(frozen: Params, batch: Batch) -> jax.Array:
         inputs: dict[str, Any] = {key: batch[key] for key in _INPUTS if key in batch}
         with keep_batch_split(mesh):
-            return scaling_pass(model, frozen, **inputs)[0]
+            return scaling_pass(xlora, frozen, **inputs)[0]
 
     return jax.jit(step)

@@ -41,7 +41,7 @@ from xlora_jax.training.step import (
     merge_params,
 )
 
-__all__ = ["NonFiniteError", "TrainConfig", "TrainResult", "evaluate", "mesh_of", "train"]
+__all__ = ["NonFiniteError", "TrainResult", "Trainer", "mesh_of", "train"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -83,7 +83,6 @@ def train(
     output: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
-    cache_directory: str | Path | None = None,
     on_metrics: Callable[[int, str, Mapping[str, float]], None] | None = None,
     show_progress: bool = False,
 ) -> TrainResult:
@@ -100,7 +99,6 @@ def train(
         output: directory of the run: checkpoints, metrics, settings. None writes nothing.
         optimizer: any optax transformation in place of the one that ``config`` names.
         mesh: default :func:`mesh_of` the settings.
-        cache_directory: of ``scaling_cache="disk"``; default ``output/scaling_cache``.
         on_metrics: called with (step, ``train`` or ``eval``, values) at every entry.
         show_progress: a bar with loss, tokens per second and the share of time in data.
 
@@ -112,58 +110,74 @@ def train(
         CheckpointError: a checkpoint can't be written or read.
         ValueError: settings that do not go together.
     """
-    run = _Run(model, rows, config, optimizer, mesh_of(config) if mesh is None else mesh, cache_directory, output)
-    with ExitStack() as stack:
-        loader = run.loader(rows)
-        started = 0
-        checkpoints = None
-        if output is not None:
-            checkpoints = stack.enter_context(Checkpoints(Path(output) / "checkpoints", keep=config.keep_checkpoints))
-            _save_settings(Path(output), config, checkpoints.latest, own_optimizer=optimizer is not None)
-            found = checkpoints.restore(run.state)
-            if found is not None:
-                run.state, data = found
-                loader.set_state(data["loader"])
-                started = int(run.state.step)
-        log = RunLog(config, run.schedule if optimizer is None else None, on_metrics)
-        if output is not None and jax.process_index() == 0:
-            log.writer = stack.enter_context(MetricsWriter(output, resumed_at=started, tensorboard=config.tensorboard))
-        progress = stack.enter_context(progress_bar(config.steps, started, show_progress))
-        stop = stack.enter_context(Preemption())
-        finished = _loop(run, loader, config, checkpoints, log, progress, stop, eval_rows or {}, started, output)
-    return TrainResult(run.trained(), run.state, finished, log.history, log.summary())
+    trainer = Trainer(
+        model,
+        rows,
+        config,
+        eval_rows=eval_rows,
+        output=output,
+        optimizer=optimizer,
+        mesh=mesh,
+        on_metrics=on_metrics,
+    )
+    return trainer.run(show_progress=show_progress)
 
 
-class _Run:
-    """The compiled functions of a run, its state, and how batches get to the devices."""
+class Trainer:
+    """One run: its compiled functions, state, data, checkpoints, log and stop signal.
+
+    Arguments as those of :func:`train`. :meth:`run` is the loop; nothing is written before it.
+    """
 
     def __init__(
         self,
         model: XLoraModel,
         rows: Rows,
         config: TrainConfig,
-        optimizer: optax.GradientTransformation | None,
-        mesh: Mesh | None,
-        cache_directory: str | Path | None,
-        output: str | Path | None,
+        *,
+        eval_rows: Mapping[str, Rows] | None = None,
+        output: str | Path | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        mesh: Mesh | None = None,
+        on_metrics: Callable[[int, str, Mapping[str, float]], None] | None = None,
     ) -> None:
-        self.model, self.config, self.mesh = model, config, mesh
-        self.schedule = config.make_schedule()
+        self.model, self.config, self.eval_rows = model, config, dict(eval_rows or {})
+        self.output = None if output is None else Path(output)
+        self.mesh = mesh_of(config) if mesh is None else mesh
+        self.own_optimizer = optimizer is not None
         self.optimizer = config.make_optimizer() if optimizer is None else optimizer
-        self.static = dataclasses.replace(
+        self.xlora = dataclasses.replace(
             model.xlora,
             module=model.module.clone(remat=config.remat, attention=config.attention),
             gate_dtype=None if config.gate_dtype is None else jnp.dtype(config.gate_dtype),
         )
-        params = model.params if mesh is None else shard_params(model.params, mesh)
+        self.cache = self._open_cache() if config.scaling_cache != "off" else None
+        self.loader = Loader(
+            rows,
+            config.batch_size,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.log = RunLog(config, None if self.own_optimizer else config.make_schedule(), on_metrics)
+        self.stop = Preemption()
+        self.checkpoints: Checkpoints | None = None
+        self._saved = 0
+        self._place_and_compile()
+
+    def _place_and_compile(self) -> None:
+        """Put parameters and optimizer state where they belong, and make the compiled functions."""
+        config, mesh = self.config, self.mesh
+        params = self.model.params if mesh is None else shard_params(self.model.params, mesh)
         dtype = None if config.param_dtype is None else jnp.dtype(config.param_dtype)
-        self.state, self.frozen = init_train_state(params, model.config, self.optimizer, config.seed, dtype)
+        self.state, self.frozen = init_train_state(params, self.model.config, self.optimizer, config.seed, dtype)
         shardings = None
         if mesh is not None:
             shardings = state_shardings(jax.eval_shape(lambda state: state, self.state), self.optimizer, mesh)
             self.state = jax.jit(lambda state: state, out_shardings=shardings)(self.state)
-        self.step = make_train_step(
-            self.static,
+        self._step = make_train_step(
+            self.xlora,
             self.optimizer,
             accumulate=config.accumulate,
             loss_chunk=config.loss_chunk,
@@ -171,135 +185,144 @@ class _Run:
             mesh=mesh,
             state_shardings=shardings,
         )
-        self.evaluate = make_eval_step(self.static, loss_chunk=config.loss_chunk, mesh=mesh)
-        self.cache: ScalingCache | None = None
-        if config.scaling_cache != "off":
-            self._open_cache(cache_directory, output)
+        self._eval_step = make_eval_step(self.xlora, loss_chunk=config.loss_chunk, mesh=mesh)
+        self._scaling_step = make_scaling_step(self.xlora, mesh=mesh)
 
-    def _open_cache(self, directory: str | Path | None, output: str | Path | None) -> None:
-        self.scaling = make_scaling_step(self.static, mesh=self.mesh)
+    def _open_cache(self) -> ScalingCache:
         if jax.process_count() > 1:
             raise ValueError("scaling_cache: expected one process; rows can't be read back across processes")
-        if self.config.scaling_cache == "disk":
-            if directory is None and output is None:
-                raise ValueError("scaling_cache disk: expected a cache_directory or an output directory, got neither")
-            directory = Path(str(output)) / "scaling_cache" if directory is None else directory
-        else:
+        directory = self.config.scaling_cache_directory
+        if self.config.scaling_cache == "memory":
             directory = None
-        name = fingerprint(self.static, self.model.params)
-        self.cache = ScalingCache(name, self.config.scaling_cache_dtype, directory)
+        elif directory is None:
+            if self.output is None:
+                raise ValueError(
+                    "scaling_cache disk: expected scaling_cache_directory or an output directory, got neither"
+                )
+            directory = str(self.output / "scaling_cache")
+        return ScalingCache(fingerprint(self.xlora, self.model.params), self.config.scaling_cache_dtype, directory)
 
-    def loader(self, rows: Rows) -> Loader:
-        return Loader(
-            rows,
-            self.config.batch_size,
-            seed=self.config.seed,
-            accumulate=self.config.accumulate,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    def run(self, *, show_progress: bool = False) -> TrainResult:
+        """Take the steps that are left, from the latest checkpoint on if there is one."""
+        with ExitStack() as stack:
+            started = 0 if self.output is None else self._resume(self.output, stack)
+            progress = stack.enter_context(progress_bar(self.config.steps, started, show_progress))
+            stack.enter_context(self.stop)
+            finished = self._loop(started, progress)
+        return TrainResult(self.trained(), self.state, finished, self.log.history, self.log.summary())
 
-    def put(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    def _resume(self, output: Path, stack: ExitStack) -> int:
+        """Open the run's files, restore the latest checkpoint, and return the number of its step."""
+        self.checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", keep=self.config.keep_checkpoints))
+        _save_settings(output, self.config, self.checkpoints.latest, own_optimizer=self.own_optimizer)
+        found = self.checkpoints.restore(self.state)
+        started = 0
+        if found is not None:
+            self.state, data = found
+            self.loader.set_state(data["loader"])
+            started = int(self.state.step)
+        if jax.process_index() == 0:
+            writer = MetricsWriter(output, resumed_at=started, tensorboard=self.config.tensorboard)
+            self.log.writer = stack.enter_context(writer)
+        return started
+
+    def _loop(self, started: int, progress: Callable[[int, Mapping[str, float]], None]) -> bool:
+        """Take the steps after ``started``; return False if stopped by SIGTERM."""
+        config = self.config
+        previous: tuple[jax.Array, Mapping[str, Any], Mapping[str, NDArray[Any]]] | None = None
+        number = self._saved = started
+        for number in range(started + 1, config.steps + 1):
+            self.log.begin_data()
+            batch = next(self.loader)
+            arrays = self._put(batch)
+            self.log.end_data()
+            self.state, metrics = self._step(self.state, self.frozen, arrays)
+            # The previous step is looked at while this one runs, so that the device never waits for the host.
+            if previous is not None:
+                self._check_finite(number - 1, *previous)
+                progress(number - 1, self.log.step(number - 1, previous[1]))
+            previous = (jnp.copy(self.state.skipped_in_row), metrics, batch)
+            if self.checkpoints is not None:
+                self.checkpoints.check()
+            stopping = self.stop.asked(number)
+            if (config.eval_every and number % config.eval_every == 0) or number == config.steps:
+                self._evaluate(number)
+            due = config.checkpoint_every and number % config.checkpoint_every == 0
+            if number < config.steps and (due or stopping):
+                self._save(number)
+            if stopping:
+                break
+        if previous is not None:
+            progress(number, self.log.step(number, previous[1], last=True))
+            self._check_finite(number, *previous)
+        if self.checkpoints is not None and number > self._saved:
+            self._save(number)
+            self.checkpoints.wait()
+        return number >= config.steps
+
+    def _put(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         """Put a batch of the loader onto the devices, with its kept scaling pass if there is a cache."""
         batch = {name: array for name, array in batch.items() if name != "row"}
-        accumulate = self.config.accumulate
         if self.cache is not None:
-            flat = {n: a.reshape(-1, a.shape[-1]) for n, a in batch.items()}
+            flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
             keys = self.cache.keys(flat)
             hidden = self.cache.get(keys)
             if hidden is None:
                 inputs = {name: array for name, array in flat.items() if name != "labels"}
-                hidden = self.cache.put(keys, self.scaling(self.frozen, self._on_devices(inputs, 1)))
+                hidden = self.cache.put(keys, self._scaling_step(self.frozen, self._on_devices(inputs, 1)))
             batch["scaling_hidden"] = hidden.reshape(*batch["input_ids"].shape, -1)
-        return self._on_devices(batch, accumulate)
+        return self._on_devices(batch, self.config.accumulate)
 
     def _on_devices(self, batch: Mapping[str, NDArray[Any]], accumulate: int) -> dict[str, Any]:
         if self.mesh is None:
             return {name: jnp.asarray(array) for name, array in batch.items()}
         return dict(put_batch(batch, self.mesh, accumulate))
 
+    def _save(self, number: int) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.state, {"loader": self.loader.get_state()})
+            self._saved = number
+
+    def _evaluate(self, number: int) -> None:
+        """Log the held-out loss of each data set as ``{name}_loss``, in nats per token; every row once."""
+        for name, rows in self.eval_rows.items():
+            loss, _ = evaluate(
+                self._eval_step,
+                self.state.trainable,
+                self.frozen,
+                rows,
+                self.config.batch_size,
+                lambda batch: self._on_devices(batch, 1),
+            )
+            self.log.write(number, "eval", {f"{name}_loss": loss})
+
+    def _check_finite(
+        self, step: int, skipped_in_row: jax.Array, metrics: Mapping[str, Any], batch: Mapping[str, NDArray[Any]]
+    ) -> None:
+        if int(skipped_in_row) < self.config.max_bad_steps:
+            return
+        where = "give an output directory to have it saved"
+        if self.output is not None:
+            path = self.output / f"bad_batch_step_{step}_process_{jax.process_index()}.npz"
+            arrays: dict[str, Any] = dict(batch)
+            np.savez_compressed(path, **arrays)
+            where = f"saved as {path}"
+        raise NonFiniteError(
+            f"step {step}: loss or gradient was not finite for {int(skipped_in_row)} steps in a row. Nothing was "
+            f"learned from them; the last batch is {where}. Lower the learning rate, or compute in float32 or bfloat16 "
+            f"instead of float16."
+        )
+
     def trained(self) -> XLoraModel:
-        """The model with what has been learnt, whole on every process that asks, in its own dtypes."""
-        learnt = self.state.trainable
+        """Return the model with the learned parameters, whole on every process that asks, in its own dtypes."""
+        learned = self.state.trainable
         if self.mesh is not None:
             whole = NamedSharding(self.mesh, P())
-            learnt = jax.jit(lambda tree: tree, out_shardings=whole)(learnt)
-        merged = merge_params(learnt, self.frozen)
+            learned = jax.jit(lambda tree: tree, out_shardings=whole)(learned)
+        merged = merge_params(learned, self.frozen)
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, dict(self.model.params))
         params = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), merged, dtypes)
         return self.model.replace(params=params)
-
-
-def _loop(
-    run: _Run,
-    loader: Loader,
-    config: TrainConfig,
-    checkpoints: Checkpoints | None,
-    log: RunLog,
-    progress: Callable[..., None],
-    stop: Preemption,
-    eval_rows: Mapping[str, Rows],
-    started: int,
-    output: str | Path | None,
-) -> bool:
-    """Take the steps; False if stopped by SIGTERM."""
-    before: tuple[Any, Any, Mapping[str, NDArray[Any]]] | None = None
-    saved = started
-    number = started
-    for number in range(started + 1, config.steps + 1):
-        log.begin_data()
-        batch = next(loader)
-        arrays = run.put(batch)
-        log.end_data()
-        run.state, metrics = run.step(run.state, run.frozen, arrays)
-        # The step before is looked at while this one runs, so that the device never waits for the host.
-        if before is not None:
-            _check_finite(before, config, output, number - 1)
-            progress(number - 1, log.step(number - 1, before[1]))
-        before = (jnp.copy(run.state.skipped_in_row), metrics, batch)
-        if checkpoints is not None:
-            checkpoints.check()
-        stopping = stop.asked(number)
-        if (config.eval_every and number % config.eval_every == 0) or number == config.steps:
-            for name, rows in eval_rows.items():
-                log.write(number, "eval", evaluate_rows(run, rows, name))
-        if checkpoints is not None and number < config.steps:
-            due = config.checkpoint_every and number % config.checkpoint_every == 0
-            if due or stopping:
-                checkpoints.save(run.state, {"loader": loader.get_state()})
-                saved = number
-        if stopping:
-            break
-    if before is not None:
-        progress(number, log.step(number, before[1], last=True))
-        _check_finite(before, config, output, number)
-    if checkpoints is not None and number > saved:
-        checkpoints.save(run.state, {"loader": loader.get_state()})
-        checkpoints.wait()
-    return number >= config.steps
-
-
-def _check_finite(before: Any, config: TrainConfig, output: str | Path | None, step: int) -> None:
-    in_row, _, batch = before
-    if int(in_row) < config.max_bad_steps:
-        return
-    where = "give an output directory to have it saved"
-    if output is not None:
-        path = Path(output) / f"bad_batch_step_{step}_process_{jax.process_index()}.npz"
-        np.savez_compressed(path, **dict(batch))
-        where = f"saved as {path}"
-    raise NonFiniteError(
-        f"step {step}: loss or gradient was not finite for {int(in_row)} steps in a row. Nothing was learnt from them; "
-        f"the last batch is {where}. Lower the learning rate, or compute in float32 or bfloat16 instead of float16."
-    )
-
-
-def evaluate_rows(run: _Run, rows: Rows, name: str) -> dict[str, float]:
-    """Held-out loss of ``rows`` as ``{name}_loss``, in nats per token; every row once."""
-    loss, _ = evaluate(
-        run.evaluate, run.state.trainable, run.frozen, rows, run.config.batch_size, lambda b: run._on_devices(b, 1)
-    )
-    return {f"{name}_loss": loss}
 
 
 def _save_settings(output: Path, config: TrainConfig, latest: int | None, *, own_optimizer: bool) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.small_arrays import VOCAB, decoder, make_model, tokens
 from xlora_jax import BaseModel, XLoraModel
 from xlora_jax.generation import decoding
-from xlora_jax.generation.drafting import Chooser, PassTimes
+from xlora_jax.generation.drafting import Chooser
 from xlora_jax.generation.generate import GenerationConfig
 from xlora_jax.generation.state import bucket
 from xlora_jax.generation.text import StopStrings, TextStream
@@ -69,7 +69,7 @@ def wavering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return taken[-1]
 
     monkeypatch.setattr(Chooser, "choose", choose)
-    monkeypatch.setattr(PassTimes, "of", lambda *_: PassTimes(1, 1, 0))
+    monkeypatch.setattr(Chooser, "pays", lambda _: True)
     monkeypatch.setattr(decoding, "_STEPS", 2)
     monkeypatch.setattr(decoding, "_LOOKUP_STEPS", 2)
     return taken

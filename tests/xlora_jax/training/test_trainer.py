@@ -41,7 +41,7 @@ def difference(a, b):
 def test_a_kept_scaling_pass_gives_the_same_run(where, accumulate, tmp_path):
     model, config = handle(layerwise_scalings=True), dataclasses.replace(CONFIG, accumulate=accumulate)
     plain = train(model, ROWS, config)
-    kept = train(model, ROWS, dataclasses.replace(config, scaling_cache=where), cache_directory=tmp_path)
+    kept = train(model, ROWS, dataclasses.replace(config, scaling_cache=where, scaling_cache_directory=str(tmp_path)))
     assert losses(kept) == pytest.approx(losses(plain), rel=1e-5)
     assert losses(plain)[0] != losses(plain)[-1]
     assert difference(kept, plain) < 1e-5
@@ -50,20 +50,20 @@ def test_a_kept_scaling_pass_gives_the_same_run(where, accumulate, tmp_path):
     if where == "memory":
         return
     # Another run of this model reads them; another model has its own.
-    train(model, ROWS, dataclasses.replace(config, scaling_cache=where), cache_directory=tmp_path)
+    train(model, ROWS, dataclasses.replace(config, scaling_cache=where, scaling_cache_directory=str(tmp_path)))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == files
     base = jax.tree.map(lambda leaf: leaf * 1.1, model.params["base"])
     other = model.replace(params={**model.params, "base": base})
-    short = dataclasses.replace(config, scaling_cache=where, steps=1)
-    train(other, ROWS, short, cache_directory=tmp_path)
+    short = dataclasses.replace(config, scaling_cache=where, scaling_cache_directory=str(tmp_path), steps=1)
+    train(other, ROWS, short)
     assert len(list(tmp_path.rglob("*.npy"))) == 12 + 4 * accumulate
 
 
 @pytest.mark.slow
 def test_the_kept_scaling_pass_of_a_bfloat16_model_takes_half_the_room(tmp_path):
     model = handle(jnp.bfloat16)
-    config = dataclasses.replace(CONFIG, scaling_cache="disk", scaling_cache_dtype="bfloat16")
-    kept = train(model, ROWS, config, cache_directory=tmp_path)
+    kept_in = {"scaling_cache": "disk", "scaling_cache_dtype": "bfloat16", "scaling_cache_directory": str(tmp_path)}
+    kept = train(model, ROWS, dataclasses.replace(CONFIG, **kept_in))
     # Nothing is lost: the scaling pass gives bfloat16.
     assert losses(kept) == losses(train(model, ROWS, CONFIG))
     assert {path.stat().st_size for path in tmp_path.rglob("*.npy")} == {128 + 10 * 32 * 2}
