@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from interop.checkpoint.layouts import XLORA_CONFIG_FILE, XLoraCheckpoint
 from interop.checkpoint.read import read_xlora
 from interop.experts import fit_adapters
-from interop.hf.base import open_base
+from interop.hf.base import blank_head, open_base
 from interop.hf.config import BASE_CONFIG_FILE
+from interop.hf.families.fields import NoHeadError
 from interop.hf.families.table import ADAPTABLE
 from interop.model import experts_of, open_xlora
 from interop.peft.adapter import LoraAdapter, load_lora
@@ -115,7 +116,11 @@ _WIDTHS = {
 
 
 def _look_at_base(found: Inspection) -> None:
-    model = open_base(found.path)
+    try:
+        model = open_base(found.path)
+    except NoHeadError:
+        model = open_base(found.path, head=blank_head(found.path))
+        found.facts["head"] = "none that classifies; adapters for SEQ_CLS and TOKEN_CLS bring one"
     family, config = model.origin.family, model.module.config
     count = sum(int(np.prod(leaf.shape)) for leaf in flatten(model.params).values())
     found.facts["family"] = f"{family.model_type} ({family.causal_lm})"

@@ -82,7 +82,8 @@ def read_xlora(directory: str | os.PathLike[str]) -> XLoraCheckpoint:
     if config_path is not None:
         return _read_peft(directory, config_path, ordering)
     raise FileNotFoundError(
-        f"{directory}: no X-LoRA checkpoint; expected {ADAPTER_CONFIG_FILE} (PEFT) or {XLORA_CONFIG_FILE} (the original)."
+        f"{directory}: no X-LoRA checkpoint; expected {ADAPTER_CONFIG_FILE} (PEFT) or {XLORA_CONFIG_FILE} (the "
+        f"original)."
     )
 
 

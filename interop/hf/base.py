@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,7 @@ from interop.hf.families.registry import classifying, decoder_config
 from interop.hf.families.table import LEAVES, Family, abstract_params
 from interop.hf.head import Head
 from interop.storage.atomic import replacing
-from interop.storage.errors import FormatError
+from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import resolve
 from interop.storage.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
@@ -29,7 +31,7 @@ from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["BaseOrigin", "Placer", "UnreadLeaf", "head_tensors", "load_base", "open_base", "save_base"]
+__all__ = ["BaseOrigin", "Placer", "UnreadLeaf", "blank_head", "head_tensors", "load_base", "open_base", "save_base"]
 
 Placer = Callable[[TreePath, NDArray[Any]], jax.Array]
 
@@ -91,9 +93,9 @@ def load_base(
     """
     directory = resolve(base, **hub_options)
     module, origin = _declare(base, directory, dtype, scan_layers, head)
-    tensors = open_tensors(directory)
+    module, tensors = _as_stored(module, origin, open_tensors(directory))
     place = place or put_on_default_device
-    params = read_params(module, origin, tensors, np.dtype(module.param_dtype), str(directory), place)
+    params = read_params(module, origin, tensors, np.dtype(module.param_dtype), place)
     return BaseModel(module, params, origin)
 
 
@@ -113,7 +115,14 @@ def _declare(
     if head is not None:
         shapes = {name: tensor.shape for name, tensor in head.tensors.items()}
         config = classifying(family, config, head.task_type, shapes, head.owner)
-    declared = decoder_config(family, config, str(config_file))
+    declared, passed_over = decoder_config(family, config, str(config_file))
+    if passed_over:
+        warnings.warn(
+            f"{config_file}: transformers ignores these fields of a {family.model_type}, and so does this library: "
+            f"{', '.join(map(brief, passed_over))}.",
+            UserWarning,
+            stacklevel=3,
+        )
     module = family.module(declared, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
     return module, BaseOrigin(str(base), directory, family, config, head)
 
@@ -167,13 +176,33 @@ def open_base(
         shapes = flatten(abstract_params(module))
         unread = {path: UnreadLeaf(leaf.shape, np.dtype(leaf.dtype), absent) for path, leaf in shapes.items()}
         return BaseModel(module, unflatten(unread), origin)
-    wanted, tensors = _checked(module, origin, open_tensors(directory), str(directory))
+    module, tensors = _as_stored(module, origin, open_tensors(directory))
+    wanted = _checked(module, origin, tensors)
     dtype = np.dtype(module.param_dtype)
     unread = {
         path: UnreadLeaf(shape, dtype, partial(_fill, shape, sources, tensors, dtype))
         for path, (shape, sources) in wanted.items()
     }
     return BaseModel(module, unflatten(unread), origin)
+
+
+def blank_head(base: str | Path, **hub_options: Any) -> Head:
+    """Return a classification head of zeros for an encoder that has none of its own: two classes, for a sequence.
+
+    Args:
+        base: directory or hub id, as of :func:`load_base`.
+        **hub_options: as of :func:`load_base`.
+    """
+    family, config = read_config(resolve(base, files=("config.json",), **hub_options) / "config.json")
+    config = {**config, "architectures": [f"{family.stem}ForSequenceClassification"], "id2label": {0: "0", 1: "1"}}
+    declared, _ = decoder_config(family, config, str(base))
+    tensors = {
+        source.tensor: np.zeros(source.in_file(shape[len(source.member) :]), np.float32)
+        for shape, sources in _sources(family.module(declared), family).values()
+        for source in sources
+        if family.is_head(source.tensor)
+    }
+    return Head(str(base), "SEQ_CLS", tensors)
 
 
 def put_on_default_device(path: TreePath, leaf: NDArray[Any]) -> jax.Array:
@@ -191,11 +220,10 @@ def read_params(
     origin: BaseOrigin,
     tensors: Mapping[str, LazyTensor],
     dtype: np.dtype[Any],
-    where: str,
     place: Placer,
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
-    wanted, tensors = _checked(module, origin, tensors, where)
+    wanted = _checked(module, origin, tensors)
     params: dict[TreePath, jax.Array] = {}
     # The largest leaf comes first: what reading a leaf takes besides it is then largest while the model is smallest.
     for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
@@ -234,6 +262,8 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
     with replacing(directory, owned=_OWNED) as folder:
         config = read_json(origin.directory / "config.json")
         config.pop("torch_dtype", None)
+        if model.module.config.head == "lm":
+            config["tie_word_embeddings"] = model.module.config.tie_word_embeddings
         if origin.head is not None:
             config |= {name: origin.config[name] for name in ("architectures", "id2label", "label2id")}
         write_json(folder / "config.json", {**config, "dtype": jnp.dtype(model.module.param_dtype).name})
@@ -332,23 +362,53 @@ def _sources(module: Transformer, family: Family) -> dict[TreePath, tuple[tuple[
     return wanted
 
 
-def _checked(
-    module: Transformer, origin: BaseOrigin, tensors: Mapping[str, LazyTensor], where: str
-) -> tuple[Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]], Mapping[str, LazyTensor]]:
-    """Where each leaf of the parameters comes from, and the tensors under their full names, after a check of both."""
-    family = origin.family
+def _as_stored(
+    module: Transformer, origin: BaseOrigin, tensors: Mapping[str, LazyTensor]
+) -> tuple[Transformer, Mapping[str, LazyTensor]]:
+    """Return the module that the tensors are for, and its tensors under their full names.
+
+    As in transformers, a head that the file stores beside a tied table is used if it differs from the table, a tied
+    table may be stored as the head only, and heads of other tasks are not used.
+    """
+    family, where = origin.family, origin.directory
     if not any(name.startswith(family.prefix) for name in tensors):
         # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
         tensors = {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
     for old, new in family.formerly:
         tensors = {f"{name.removesuffix(old)}{new}" if name.endswith(old) else name: t for name, t in tensors.items()}
-    wanted = _sources(module, family)
+    head, table = (f"{family.in_file(name)}.weight" for name in ("lm_head", family.before[0].hf))
+    if module.config.tie_word_embeddings and head in tensors:
+        if table not in tensors:
+            tensors = {**tensors, table: tensors[head]}
+        elif tensors[head].shape != tensors[table].shape or not np.array_equal(
+            tensors[head].read(), tensors[table].read()
+        ):
+            warnings.warn(
+                f"{tensors[head].file}: {head!r} differs from {table!r}, although config.json ties them; as in "
+                f"transformers, both are used. Set tie_word_embeddings to false in config.json.",
+                UserWarning,
+                stacklevel=3,
+            )
+            module = module.clone(config=dataclasses.replace(module.config, tie_word_embeddings=False))
+    needed = {source.tensor for _, sources in _sources(module, family).values() for source in sources}
+    unused = [name for name in tensors if name not in needed and family.is_head(name)]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     if origin.head is not None:
-        names = {source.tensor for _, sources in wanted.values() for source in sources}
-        tensors = {name: t for name, t in tensors.items() if name in names or not family.is_head(name)}
         tensors |= {name: _in_memory(name, array, origin) for name, array in origin.head.tensors.items()}
-    _check(wanted, tensors, origin, module, where)
-    return wanted, tensors
+    elif others := [name for name in unused if not (module.config.tie_word_embeddings and name == head)]:
+        warnings.warn(
+            f"{where}: {listed(others)} belong to no part of this {_class_of(module, origin)} and are not used, as in "
+            f"transformers.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return module, tensors
+
+
+def _class_of(module: Transformer, origin: BaseOrigin) -> str:
+    """Return the name of transformers' class."""
+    name: str = origin.family.causal_lm if module.config.head == "lm" else origin.config["architectures"][0]
+    return name
 
 
 def _in_memory(name: str, array: NDArray[Any], origin: BaseOrigin) -> LazyTensor:
@@ -356,23 +416,15 @@ def _in_memory(name: str, array: NDArray[Any], origin: BaseOrigin) -> LazyTensor
     return LazyTensor(name, origin.directory, array.dtype, array.shape, lambda: array)
 
 
-def _check(
-    wanted: Mapping[TreePath, tuple[tuple[int, ...], list[_Source]]],
-    tensors: Mapping[str, LazyTensor],
-    origin: BaseOrigin,
-    module: Transformer,
-    where: str,
-) -> None:
-    """Hold the file's tensors against what the module needs, all of them before any is read."""
-    family = origin.family
-    kind = family.causal_lm if module.config.head == "lm" else origin.config["architectures"][0]
+def _checked(
+    module: Transformer, origin: BaseOrigin, tensors: Mapping[str, LazyTensor]
+) -> dict[TreePath, tuple[tuple[int, ...], list[_Source]]]:
+    """Return where each leaf of the parameters comes from, after a check of all tensors, before any is read."""
+    family, where, kind = origin.family, origin.directory, _class_of(module, origin)
+    wanted = _sources(module, family)
     names = {source.tensor for _, sources in wanted.values() for source in sources}
     missing = sorted(names - tensors.keys())
     unexpected = sorted(name for name in tensors.keys() - names if not name.endswith(family.ignored or ("\0",)))
-    head = f"{family.in_file('lm_head')}.weight"
-    if module.config.tie_word_embeddings and head in unexpected:
-        # Some files store the tied table twice. Only the embedding is used, as transformers does.
-        unexpected.remove(head)
     if missing or unexpected:
         raise FormatError(
             f"{where}: the tensors are not those of a {kind} with this config. "
@@ -394,6 +446,7 @@ def _check(
                     f"{tensor.file}: tensor {tensor.name!r}: expected a floating-point dtype of at least 16 bits, got "
                     f"{tensor.dtype}; quantised checkpoints are not supported, convert it to bfloat16."
                 )
+    return wanted
 
 
 def _list(names: list[str]) -> str:

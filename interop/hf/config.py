@@ -6,10 +6,12 @@ is built before a tensor's shape can object, so they are held to what any model 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from interop.hf.families.fields import declared_fields
 from interop.hf.families.registry import family_of
 from interop.hf.families.table import Family
 from interop.storage.errors import FormatError, brief
@@ -35,6 +37,18 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
+_QUANTIZED = re.compile(r"[-_.](?:unsloth-)?(?:bnb|awq|gptq|hqq|int|fp|\d-?bit|w\d+a\d+)[\w.-]*$", re.IGNORECASE)
+
+
+def _unquantized(content: Mapping[str, Any], path: Path) -> str:
+    """Return the name of the model that a quantized one was made from, as far as a name tells."""
+    in_hub_cache = path.parent.parent.parent.name.removeprefix("models--").replace("--", "/")
+    for name in (content.get("_name_or_path"), in_hub_cache, path.parent.name):
+        if isinstance(name, str) and (plain := _QUANTIZED.sub("", name)) not in ("", name):
+            return f" ({plain!r} by its name)"
+    return ""
+
+
 def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
     """Read a base model's config.json.
 
@@ -58,13 +72,19 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
                 f"{path}: field {given!r}: expected a whole number of at least 1, got "
                 f"{'null' if given in content else 'nothing: the field is missing'}."
             )
+    declared = declared_fields(family.model_type)
     for name, most in _SIZES.items():
         size = content.get(name)
-        if size is not None and (type(size) is not int or not 1 <= size <= most):
+        if size is not None and name in declared and (type(size) is not int or not 1 <= size <= most):
             raise FormatError(
                 f"{path}: field {name!r}: expected a whole number from 1 to {most}, got {brief(size)} "
                 f"({type(size).__name__})."
             )
+    if quantized := content.get("quantization_config"):
+        raise FormatError(
+            f"{path}: field 'quantization_config': expected none, got {brief(quantized)}. Quantized bases can't be read. "
+            f"Take the model that this one was made from{_unquantized(content, path)}, in float32, bfloat16 or float16."
+        )
     for name in ("dtype", "torch_dtype"):
         if content.get(name) not in (None, *_DTYPES):
             raise FormatError(

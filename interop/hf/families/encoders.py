@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from interop.hf.families.fields import ENCODER_HEADS, Fields, count_labels, read_activation, task_of
+from interop.hf.families.fields import ENCODER_HEADS, Fields, NoHeadError, count_labels, read_activation, task_of
 from interop.hf.families.table import Family, Module, linears
 from xlora_jax.models import Encoder, EncoderConfig, VisionTransformer
 
@@ -19,7 +19,8 @@ def _read_encoder(fields: Fields, family: str) -> dict[str, Any]:
     architectures, labels = fields.take("architectures"), fields.take("id2label")
     task = task_of({"architectures": architectures})
     if task not in ENCODER_HEADS:
-        raise fields.error("architectures", architectures, f"{family}For{' or '.join(ENCODER_HEADS)}")
+        expected = f"{family}For{' or '.join(ENCODER_HEADS)}, or adapters that bring a classification head"
+        raise NoHeadError(str(fields.error("architectures", architectures, expected)))
     return {
         "hidden_size": hidden,
         "num_heads": heads,

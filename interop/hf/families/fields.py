@@ -1,36 +1,52 @@
-"""Read the fields of a config.json: each one is used, known to have no effect, or refused by name."""
+"""Read the fields of a config.json.
+
+A field is a setting if the config class in transformers declares it or the model's code there reads it. Each setting is
+used, known to have no effect, or refused by name. Every other field is passed over with one warning: transformers
+ignores it too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
+from functools import lru_cache
+from inspect import signature
 from typing import Any, cast
 
 from interop.storage.errors import FormatError, brief
 from xlora_jax.models import Rope
 
 
+class NoHeadError(FormatError):
+    """A base without a classification head of its own, which loads only with the head of an adapter."""
+
+
 class Fields:
-    """The fields of a config, each to be taken once; what is left over is refused unless it has no effect."""
+    """The settings of a config, each to be taken once; what is left over is refused unless it has no effect."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._left = dict(values)
         self._where = where
+        self.passed_over: list[str] = []
 
     def take(self, name: str, default: Any = None) -> Any:
         """Return a field and strike it off."""
         return self._left.pop(name, default)
 
     def peek(self, name: str) -> Any:
-        """Return a field that someone else is to take."""
+        """Return a field without striking it off."""
         return self._left.get(name)
 
     def nested(self, name: str) -> Fields:
-        """Return a field that is itself a mapping."""
+        """Return a field that is itself a mapping, and strike it off; both report the fields passed over together."""
         value = self.take(name)
         if not isinstance(value, Mapping):
             raise self.error(name, value, "an object")
-        return Fields(value, f"{self._where}, {name}")
+        inner = Fields(value, f"{self._where}, {name}")
+        inner.passed_over = self.passed_over
+        return inner
 
     def number(self, name: str) -> float:
         """Return a field that is a number above 0, and strike it off."""
@@ -40,47 +56,77 @@ class Fields:
         return cast(float, value)
 
     def error(self, name: str, value: object, expected: str) -> FormatError:
-        """Make the error for a field that has no meaning here."""
+        """Make the error for a field whose value is not usable."""
         return FormatError(f"{self._where}: field {name!r}: expected {expected}, got {brief(value)}")
 
-    def finish(self, neutral: Mapping[str, tuple[Any, ...]], without_effect: Collection[str] = ()) -> None:
-        """Refuse what is left, unless it is at a neutral value or known to have no effect."""
+    def pass_over_rest(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Pass over the fields that are left, but refuse those of ``neutral`` at another than a neutral value."""
         for name, value in self._left.items():
-            if name in without_effect or (name in neutral and value in neutral[name]):
-                continue
-            if name in neutral:
+            if name not in neutral:
+                self.passed_over.append(name)
+            elif value not in neutral[name]:
                 raise self.error(name, value, f"{neutral[name][0]!r}, the only value that is implemented")
+
+    def finish(self) -> None:
+        """Refuse the fields that are left, unless they have no effect or are at a neutral value."""
+        for name, value in self._left.items():
+            if name in WITHOUT_EFFECT or (name in NEUTRAL and value in NEUTRAL[name]):
+                continue
+            if name in NEUTRAL:
+                raise self.error(name, value, f"{NEUTRAL[name][0]!r}, the only value that is implemented")
             raise FormatError(
-                f"{self._where}: field {name!r} (value {brief(value)}) is not implemented, and ignoring it could "
-                f"change the output; if it does not matter for your model, remove it from config.json"
+                f"{self._where}: field {name!r} (value {brief(value)}) is not implemented, and transformers declares "
+                f"it, so ignoring it could change the output; if it does not matter for your model, remove it from "
+                f"config.json"
             )
 
 
-# Fields of PreTrainedConfig and of checkpoints on the hub that say nothing about the forward pass. The base model is
-# frozen and runs without dropout; how `generate` behaves is told by its arguments.
+# Declared fields that say nothing about the forward pass. The base model is frozen and runs without dropout; the
+# arguments of `generate` say how to generate.
 WITHOUT_EFFECT = frozenset(
     (
         *("_name_or_path", "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "auto_map"),
         *("return_dict", "output_hidden_states", "output_attentions", "use_cache", "torchscript", "pretraining_tp"),
         *("id2label", "label2id", "problem_type", "num_labels", "initializer_range", "attention_dropout"),
         *("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
-        *("_attn_implementation", "attn_implementation", "unsloth_version", "unsloth_fixed", "init_std"),
+        *("_attn_implementation", "attn_implementation", "init_std", "activation_dropout"),
         *("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "layerdrop", "residual_dropout"),
         *("embedding_dropout", "classifier_dropout", "router_aux_loss_coef", "output_router_logits"),
         *("router_jitter_noise",),
     )
 )
-
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),
     "is_encoder_decoder": (False,),
     "is_decoder": (False, True),
     "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
     "quantization_config": (None,),
-    "pruned_heads": ({}, None),
     "use_bidirectional_attention": (False, None),
+    "is_causal": (True, None),
+    "per_layer_config": (None, {}),
 }
+# Fields that config classes of transformers do not declare, and its code reads all the same: of one model, or of all
+# (masks, layers of unequal shape, quantization).
+READ_UNDECLARED = frozenset(
+    (
+        *("head_dim", "num_labels", "classifier_dropout", "hidden_dropout", "is_causal", "per_layer_config"),
+        *("quantization_config", "tie_word_embeddings", "architectures", "dtype", "model_type", "summary_last_dropout"),
+        *("_attn_implementation",),
+    )
+)
+
+
+@lru_cache(maxsize=64)
+def declared_fields(model_type: str) -> frozenset[str]:
+    """Return the fields that the installed transformers declares for a ``model_type``, old spellings included."""
+    from transformers import CONFIG_MAPPING
+
+    config_class: Any = CONFIG_MAPPING[model_type]
+    declared = {*config_class().to_dict(), *config_class.attribute_map, *signature(config_class).parameters}
+    if is_dataclass(config_class):
+        declared |= {field.name for field in dataclass_fields(config_class)}
+    return frozenset(declared)
+
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -168,7 +214,8 @@ def read_rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool 
         )
     elif kind != "default":
         raise rope.error("rope_type", kind, "default, linear, llama3, yarn or longrope")
-    rope.finish({"partial_rotary_factor": (1.0, None)})
+    # transformers reads of each kind its own parameters, and warns of others.
+    rope.pass_over_rest({"partial_rotary_factor": (1.0, None)})
     return Rope(dim=dim, theta=theta, kind=kind, **read)
 
 

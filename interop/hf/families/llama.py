@@ -78,8 +78,6 @@ def _read_phi3(fields: Fields) -> DecoderConfig:
 
 
 def _read_gemma(fields: Fields) -> DecoderConfig:
-    # An older name, which transformers 5 does not read.
-    fields.take("hidden_activation")
     return llama_config(fields, norm="rms_offset", embed_scale=_embed_scale(fields), **read_attention_bias(fields))
 
 
@@ -99,7 +97,7 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
     rope = fields.nested("rope_parameters")
     declared["rope"] = read_rope(rope.nested("full_attention"), head_dim, positions)
     declared["sliding_rope"] = read_rope(rope.nested("sliding_attention"), head_dim, positions)
-    rope.finish({})
+    rope.pass_over_rest({})
     return llama_config(fields, qk_norm="head", **declared)
 
 

@@ -14,11 +14,12 @@ from interop.hf.families import encoders, gpt, llama
 from interop.hf.families.fields import (
     DECODER_HEADS,
     ENCODER_HEADS,
-    NEUTRAL,
+    READ_UNDECLARED,
     TASKS,
     WITHOUT_EFFECT,
     Fields,
     count_labels,
+    declared_fields,
     task_of,
 )
 from interop.hf.families.table import LEAVES, LM_HEAD, Family
@@ -32,7 +33,7 @@ from xlora_jax.models import (
 __all__ = ["FAMILIES", "classifying", "decoder_config", "family_of"]
 
 
-def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> DecoderConfig:
+def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tuple[DecoderConfig, list[str]]:
     """Read a config of ``transformers`` (``AutoConfig(...).to_dict()``).
 
     Args:
@@ -40,17 +41,22 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> Dec
         config: all its fields.
         where: what to call it in errors.
 
+    Returns:
+        The declaration, and the names of the fields that were passed over because transformers ignores them.
+
     Raises:
         FormatError: a field has a value that is not implemented, or none at all; the message names it.
     """
-    fields = Fields(config, where)
+    settings = declared_fields(family.model_type) | READ_UNDECLARED
+    fields = Fields({name: value for name, value in config.items() if name in settings}, where)
+    fields.passed_over += [name for name in config if name not in settings and name not in WITHOUT_EFFECT]
     try:
         declared = family.read(fields)
     except FormatError:
         raise
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{where}: a field has no meaning for {family.model_type}: {error}") from error
-    fields.finish(NEUTRAL, WITHOUT_EFFECT)
+    fields.finish()
     head = DECODER_HEADS.get(task_of(config) or "")
     if family.module is Decoder and head is not None:
         # A head that classifies has a kernel of its own, and none of what follows the one of a language model.
@@ -61,7 +67,7 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> Dec
             padding_token=config.get("pad_token_id"),
             tie_word_embeddings=False,
         )
-    return declared
+    return declared, fields.passed_over
 
 
 def classifying(
