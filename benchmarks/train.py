@@ -215,7 +215,7 @@ def our_side(
         family = family_of(read_json(base / "config.json")["model_type"], "the benchmark")
         values = AutoConfig.from_pretrained(base).to_dict()
         dtype = jnp.dtype(shape.dtype)
-        module = Decoder(decoder_config(family, values, "the benchmark"), dtype=dtype, param_dtype=dtype)
+        module = Decoder(decoder_config(family, values, "the benchmark")[0], dtype=dtype, param_dtype=dtype)
         variables = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 1), jnp.int32))
         base = BaseModel(module, variables["params"], BaseOrigin("random", base, family, values))
     adapters = {str(i): str(directory / "adapter") for i in range(experts)}

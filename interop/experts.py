@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from interop.hf.base import BaseOrigin, Placer, put_on_default_device
 from interop.hf.families.table import ADAPTABLE, LEAVES, Placed, abstract_params
 from interop.peft.adapter import LoraAdapter, LoraLayer
-from interop.peft.names import renamed
+from interop.peft.names import match_module, renamed
 from interop.storage.errors import FormatError
+from interop.storage.tensors import LazyTensor
 from xlora_jax import BaseModel
 from xlora_jax.layers.adapted import ABSENT, AdaptedLayers
 from xlora_jax.layers.stacking import Piece, stack_pieces
@@ -44,7 +45,28 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
         for name, layer in adapter.layers.items():
             place = places[name]
             _check_layer(adapter, layer, place, shapes[place.path], base)
+            if layer.base_weight is not None:
+                _check_own_weight(adapter, layer.base_weight, place, "weight", base)
+        for name, tensor in adapter.base_weights.items():
+            path, part = name.rsplit(".", 1)
+            try:
+                place = places[match_module(path, places)]
+            except FormatError as error:
+                raise FormatError(f"adapter {adapter.name!r} ({adapter.path}): {tensor.name!r}: {error}") from None
+            _check_own_weight(adapter, tensor, place, part, base)
+        _check_saved(adapter, base)
     return fitted
+
+
+def _check_saved(adapter: LoraAdapter, base: BaseModel) -> None:
+    """Refuse an adapter whose file lacks a module that PEFT trained whole, and that the base has."""
+    has = [placed.hf for placed in base.origin.family.modules(cast(Transformer, base.module))]
+    for name in adapter.not_saved:
+        if found := [hf for hf in has if hf.endswith(name)]:
+            raise FormatError(
+                f"adapter {adapter.name!r} ({adapter.path}): modules_to_save names {name!r}, which the base has "
+                f"({found[0]!r}), and no tensor of it is stored. The file was cut: save the adapter again."
+            )
 
 
 def stack_experts(
@@ -149,24 +171,29 @@ def _check_layer(
             f"of shape {list(got)}, the base has a {kind} module of shape {list(shape)} there. It was trained on "
             f"{adapter.base_model_name_or_path!r}: use that base, or leave the adapter out."
         )
-    if layer.base_weight is None:
-        return
-    own, stored = _weight(base, place), layer.base_weight.read()
+
+
+def _check_own_weight(adapter: LoraAdapter, tensor: LazyTensor, place: Placed, part: str, base: BaseModel) -> None:
+    """Refuse an adapter that brings other weights of a module than the base has."""
+    own, stored = _weight(base, place, part), tensor.read()
     # Whichever of the two dtypes is the coarser one may have rounded.
     same = stored.shape == own.shape and (
         np.array_equal(stored.astype(own.dtype), own) or np.array_equal(own.astype(stored.dtype), stored)
     )
     if not same:
         raise FormatError(
-            f"{where} brings its own weights of {place.hf} ({layer.base_weight.name!r}, shape {list(stored.shape)}), "
-            f"which are not the base's ({list(own.shape)}): it was resized or trained, and experts share one "
-            f"base. Use the base that it was trained on, or train the adapter without changing it."
+            f"adapter {adapter.name!r} ({adapter.path}) brings its own weights of {place.hf} ({tensor.name!r}, shape "
+            f"{list(stored.shape)}), which are not the base's ({list(own.shape)}): it was resized or trained, and "
+            f"experts share one base. Use the base that it was trained on, or train the adapter without changing it."
         )
 
 
-def _weight(base: BaseModel, place: Placed) -> NDArray[Any]:
-    """The base's own weight of a linear layer or an embedding, in torch's layout."""
+def _weight(base: BaseModel, place: Placed, part: str) -> NDArray[Any]:
+    """Return the base's own weight (or bias) of a linear layer or an embedding, in torch's layout."""
     leaves = flatten(base.params)
+    if part == "bias":
+        bias = leaves.get((*place.path, "bias"))
+        return np.zeros(0, np.float32) if bias is None else np.asarray(bias)[place.member]
     own = leaves.get((*place.path, "embedding"))
     if own is None:
         kernel = leaves.get((*place.path, "kernel"))

@@ -20,6 +20,7 @@ from xlora_jax.generation.state import Ints
 from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.models import BaseModule, Decoder, DecoderOutput
 from xlora_jax.passes import Params, XLora, XLoraOutput, forward
+from xlora_jax.token_ids import check_token_ids, warn_beyond_context
 from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["BaseModel", "XLoraModel"]
@@ -51,7 +52,7 @@ class BaseModel:
         self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **more: Any
     ) -> DecoderOutput:
         """Return logits ``[B, T, V]`` and hidden states ``[B, T, D]``; arguments as those of :class:`XLoraModel`."""
-        inputs = _inputs(input_ids, attention_mask, inputs_embeds, more)
+        inputs = _inputs(self.module, input_ids, attention_mask, inputs_embeds, more)
         return cast(DecoderOutput, _base_forward(self.module, self.params, **inputs))
 
     def generate(
@@ -173,9 +174,10 @@ class XLoraModel:
             Logits ``[B, T, V]``, hidden states ``[B, T, D]`` and scalings ``[B, T, L, N]``.
 
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or shapes that do not fit.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, shapes that do not fit, or token ids
+                that the base has no rows for.
         """
-        inputs = _inputs(input_ids, attention_mask, inputs_embeds, more)
+        inputs = _inputs(self.module, input_ids, attention_mask, inputs_embeds, more)
         if not self._enabled:
             base = _base_forward(self.module, self.params["base"], **inputs)
             return XLoraOutput(base.logits, base.hidden_states, None)
@@ -369,8 +371,11 @@ def _unstack(tree: Params, groups: Mapping[str, Sequence[str]], donate: bool) ->
     return unflatten(taken)
 
 
-def _inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs(
+    module: BaseModule, input_ids: Any, attention_mask: Any, inputs_embeds: Any, more: Mapping[str, Any]
+) -> dict[str, Any]:
     """Check the arguments of a call and make them arrays."""
+    config = module.config
     inputs: dict[str, Any] = {name: jnp.asarray(value) for name, value in more.items() if value is not None}
     if "pixel_values" in inputs and input_ids is None and inputs_embeds is None:
         return inputs
@@ -380,6 +385,9 @@ def _inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, more: Mappi
         inputs["input_ids"] = tokens = jnp.asarray(input_ids)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"input_ids: expected int [batch, tokens], got {tokens.dtype} {list(tokens.shape)}")
+        check_token_ids(tokens, getattr(config, "vocab_size", None), "input_ids")
+        if "token_type_ids" in inputs:
+            check_token_ids(inputs["token_type_ids"], getattr(config, "token_types", None), "token_type_ids")
     else:
         inputs["inputs_embeds"] = tokens = jnp.asarray(inputs_embeds)
         if tokens.ndim != 3:
@@ -388,4 +396,5 @@ def _inputs(input_ids: Any, attention_mask: Any, inputs_embeds: Any, more: Mappi
         inputs["attention_mask"] = mask = jnp.asarray(attention_mask)
         if mask.shape != tokens.shape[:2]:
             raise ValueError(f"attention_mask: expected shape {list(tokens.shape[:2])}, got {list(mask.shape)}")
+    warn_beyond_context(tokens.shape[1], getattr(config, "context_length", None), stacklevel=4)
     return inputs

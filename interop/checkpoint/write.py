@@ -80,7 +80,7 @@ def write_xlora(
     _check_model(config, classifier, names, layer_names)
     if head and layout != "peft":
         raise FormatError(f"layout {layout!r} has no place for a classification head ({listed(head)}); use 'peft'.")
-    adapters = [renamed(adapter, layer_names).without_head() for adapter in adapters]
+    adapters = [renamed(adapter.factors_only(), layer_names) for adapter in adapters]
     scaling_pass_value = config.scaling_pass_gate(len(names))
     config = dataclasses.replace(config, adapters=dict.fromkeys(names, ""), scaling_pass_value=scaling_pass_value)
     task_type = (extras or {}).get("task_type", "CAUSAL_LM")

@@ -82,8 +82,9 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
             )
     if quantized := content.get("quantization_config"):
         raise FormatError(
-            f"{path}: field 'quantization_config': expected none, got {brief(quantized)}. Quantized bases can't be read. "
-            f"Take the model that this one was made from{_unquantized(content, path)}, in float32, bfloat16 or float16."
+            f"{path}: field 'quantization_config': expected none, got {brief(quantized)}. Quantized bases can't be "
+            f"read. Take the model that this one was made from{_unquantized(content, path)}, in float32, "
+            f"bfloat16 or float16."
         )
     for name in ("dtype", "torch_dtype"):
         if content.get(name) not in (None, *_DTYPES):

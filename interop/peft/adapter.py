@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.peft.config import ADAPTER_CONFIG_FILE, PLAIN, AdapterSettings, check_patterns, read_settings
+from interop.peft.config import ADAPTER_CONFIG_FILE, HEADS, PLAIN, AdapterSettings, check_patterns, read_settings
+from interop.peft.formats import format_of_files, format_of_keys
 from interop.storage.atomic import replacing
-from interop.storage.errors import FormatError, listed
+from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import resolve
 from interop.storage.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
@@ -76,6 +77,9 @@ class LoraAdapter:
         layers: by Hugging Face module path (`model.layers.0.self_attn.q_proj`), in stored order.
         head: tensors of the classification head that was trained along, by Hugging Face name (`score.weight`) and in
             torch's layout; none where there was no such head.
+        base_weights: embeddings of the base that PEFT stored beside, by Hugging Face name of the tensor. The assembler
+            holds them against the base.
+        not_saved: modules that `modules_to_save` names and the file does not hold. The base must not have them.
     """
 
     name: str
@@ -83,6 +87,8 @@ class LoraAdapter:
     config: Mapping[str, Any]
     layers: Mapping[str, LoraLayer]
     head: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    base_weights: Mapping[str, LazyTensor] = field(default_factory=dict)
+    not_saved: tuple[str, ...] = ()
 
     @property
     def base_model_name_or_path(self) -> str | None:
@@ -90,13 +96,9 @@ class LoraAdapter:
         name: str | None = self.config.get("base_model_name_or_path")
         return name
 
-    def without_head(self) -> LoraAdapter:
-        """The adapter with its factors only."""
-        return replace(self, head={}, config={**self.config, "modules_to_save": None}) if self.head else self
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# adapter_config.json: every field that any PEFT version wrote, and what is done about it
+    def factors_only(self) -> LoraAdapter:
+        """Return the adapter without head and without weights of the base."""
+        return replace(self, head={}, base_weights={}, not_saved=(), config={**self.config, "modules_to_save": None})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +116,18 @@ _KEYS = (
 )
 
 
+# Modules that torch.compile, FSDP, activation checkpointing, DeepSpeed and Opacus wrap around others.
+_WRAPPED = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_wrapped_module|_module)\."
+)
+# Names of embeddings and output heads in transformers, which PEFT may store whole beside the factors.
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+_STORED_EMBEDDING = re.compile(rf"(?:[\w.-]{{1,512}}\.)?(?:{'|'.join(_EMBEDDINGS)})\.(?:weight|bias)")
+
+
 def _short(key: str) -> str:
+    """Return a key without what training frameworks and PEFT put around the module's name."""
+    key = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)", "", _WRAPPED.sub("", key))
     while key.startswith(_PREFIX):
         key = key.removeprefix(_PREFIX)
     return key
@@ -128,27 +141,47 @@ def _split_head(
     rest: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
         short = _short(key)
-        if short.split(".")[0] in heads and re.fullmatch(r"\w+(\.\w+)?\.(weight|bias)", short):
+        # As PEFT does: `pre_classifier` is saved as well where `classifier` is.
+        if short.split(".")[0].endswith(tuple(heads)) and re.fullmatch(r"\w+(\.\w+)?\.(weight|bias)", short):
             if len(tensor.shape) != (2 if short.endswith("weight") else 1) or 0 in tensor.shape:
                 raise FormatError(f"{where}: {key!r} has shape {list(tensor.shape)}; expected a dense layer's.")
             head[short] = read_finite(tensor)
         else:
             rest[key] = tensor
-    if heads and not head:
-        raise FormatError(
-            f"{where}: no tensor of a classification head, though modules_to_save names {listed(heads)}; expected keys "
-            f"like {_PREFIX}{heads[0]}.weight. The file was cut: save the adapter again."
-        )
     return head, rest
 
 
-def _by_module(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, dict[str, LazyTensor]]:
-    """The tensors of each adapted module by part: lora_A, lora_B, bias, lora_embedding_A, ..., base_layer."""
+def _not_saved(settings: AdapterSettings, tensors: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the names in `modules_to_save` of which nothing is stored, after a check of the others."""
+    parts = {part for key in tensors for part in _short(key).split(".")}
+    stored = [name for name in settings.saved if any(part.endswith(name) for part in parts)]
+    if others := [name for name in stored if name not in settings.heads]:
+        raise FormatError(
+            f"{where}: modules_to_save = {brief(others)} can't be an expert: it replaces whole modules of the base; "
+            f"expected none but a classification head ({listed(HEADS)}). What you can do: {PLAIN}."
+        )
+    return tuple(name for name in settings.saved if name not in stored)
+
+
+def _by_module(
+    tensors: Mapping[str, LazyTensor], where: str
+) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
+    """Return the tensors of each adapted module by part (lora_A, lora_B, bias, ...), and the base's own embeddings."""
     modules: dict[str, dict[str, LazyTensor]] = {}
+    base_weights: dict[str, LazyTensor] = {}
     unknown: list[str] = []
+    if empty := [key for key, tensor in tensors.items() if ".lora_" in key and 0 in tensor.shape]:
+        raise FormatError(
+            f"{where}: {listed(empty)} hold no values (shape {list(tensors[empty[0]].shape)}). DeepSpeed's ZeRO-3 "
+            f"leaves such placeholders where parameters are not gathered for saving. Set "
+            f"stage3_gather_16bit_weights_on_model_save, or get the weights out of its checkpoint by zero_to_fp32.py."
+        )
     for key, tensor in tensors.items():
         short = _short(key)
         match = next((match for pattern in _KEYS if (match := pattern.fullmatch(short))), None)
+        if match is None and _STORED_EMBEDDING.fullmatch(short):
+            base_weights[short] = tensor
+            continue
         if match is None:
             unknown.append(key)
             continue
@@ -158,14 +191,14 @@ def _by_module(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, dict[
             raise FormatError(f"{where}: {first!r} and {key!r} are both {match['part']} of {match['path']!r}.")
         parts[match["part"]] = tensor
     if unknown:
+        hint = format_of_keys(unknown) or f"What you can do: {PLAIN}"
         raise FormatError(
             f"{where}: {len(unknown)} tensors are no part of a LoRA adapter, which would not be complete without them: "
-            f"{listed(unknown)}. Expected keys like {_PREFIX}<module>.lora_A.weight. What you can do: {PLAIN} (where "
-            f"these are embeddings: save it with save_embedding_layers=False)."
+            f"{listed(unknown)}. Expected keys like {_PREFIX}<module>.lora_A.weight. {hint}."
         )
     if not modules:
         raise FormatError(f"{where}: no LoRA tensors; expected keys like {_PREFIX}<module>.lora_A.weight.")
-    return modules
+    return modules, base_weights
 
 
 def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: AdapterSettings, where: str) -> LoraLayer:
@@ -289,12 +322,15 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
     config_file = weights.with_suffix(".json").name if flat else ADAPTER_CONFIG_FILE
     config_path = file_in(directory, config_file)
     if config_path is None:
-        raise FileNotFoundError(f"{where}: no {config_file}; expected the directory of a PEFT LoRA adapter.")
+        raise FileNotFoundError(
+            f"{where}: no {config_file}; expected the directory of a PEFT LoRA adapter.{_hint(directory)}"
+        )
     config = read_json(config_path, _MAX_CONFIG_BYTES)
     settings = read_settings(config, where)
     tensors = open_file(weights) if flat else open_tensors(directory, WEIGHTS_STEM)
+    not_saved = _not_saved(settings, tensors, where)
     head, tensors = _split_head(tensors, settings.heads, where)
-    modules = _by_module(tensors, where)
+    modules, base_weights = _by_module(tensors, where)
     check_patterns(settings, modules, where)
     layers = {path: _read_layer(path, parts, settings, where) for path, parts in modules.items()}
     embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
@@ -303,7 +339,16 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
             f"{where}: ensure_weight_tying with {embeddings[0]!r} among the targets can't be an expert: the factors of "
             f"two modules are one. What you can do: train without it, or without embeddings among the targets."
         )
-    return LoraAdapter(name=name, path=directory, config=config, layers=layers, head=head)
+    return LoraAdapter(name, directory, config, layers, head, base_weights, not_saved)
+
+
+def _hint(directory: Path) -> str:
+    """Return what a directory without an adapter's config holds instead."""
+    inside = sorted(str(path.parent.relative_to(directory)) for path in directory.glob(f"*/{ADAPTER_CONFIG_FILE}"))
+    if inside:
+        return f" There are adapters in its folders {listed(inside)} (PEFT saves named ones so): give one of them."
+    words = format_of_files(directory)
+    return f" {words}." if words else ""
 
 
 def save_lora(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> None:
@@ -342,7 +387,8 @@ def adapter_tensors(adapter: LoraAdapter) -> dict[str, NDArray[Any] | LazyTensor
         tensors[f"{prefix}B.weight"] = _by_group(adapter, path)[:, :, None, None] if conv else layer.b.T
         if layer.bias is not None:
             tensors[f"{prefix}B.bias"] = layer.bias
-    return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
+    beside: dict[str, NDArray[Any] | LazyTensor] = {**adapter.base_weights, **adapter.head}
+    return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in beside.items()}
 
 
 def adapter_config(adapter: LoraAdapter) -> dict[str, Any]:

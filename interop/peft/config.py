@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from interop.storage.errors import FormatError, brief, listed
+from interop.peft.formats import format_of_config
+from interop.storage.errors import FormatError, brief
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
@@ -97,7 +99,8 @@ _FIELDS: dict[str, _Handled | _NoEffect | _Refused] = {
 
 # Names of classification heads in transformers. PEFT saves them whole for task_type SEQ_CLS and TOKEN_CLS: which of the
 # two a model has shows in the stored keys.
-_HEADS = ("classifier", "score")
+HEADS = ("classifier", "score")
+TASKS = ("SEQ_CLS", "TOKEN_CLS")
 # Initialisations that leave the base as it was. The others (pissa, olora, corda, loftq, lora_ga) change it.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -114,6 +117,7 @@ class AdapterSettings:
     dropout: float
     bias: bool
     tied: bool
+    saved: tuple[str, ...]
     heads: tuple[str, ...]
 
     def of(self, path: str) -> tuple[int, float]:
@@ -140,11 +144,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
     """Read and check an adapter's config; ``where`` names the adapter in errors."""
     if config.get("peft_type") != "LORA":
-        raise FormatError(
-            f"{where}: peft_type is {config.get('peft_type')!r}; expected 'LORA', other kinds can't be experts."
-        )
+        hint = format_of_config(config) or "Other kinds can't be experts"
+        raise FormatError(f"{where}: peft_type is {brief(config.get('peft_type'))}; expected 'LORA'. {hint}.")
     for name, value in config.items():
         _check_field(name, value, where)
+    _pass_over(config, where)
     _check_initialisation(config.get("init_lora_weights"), where)
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
@@ -160,6 +164,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
         _is_dropout,
         "a number of at least 0 and below 1",
     )
+    saved = _read_saved(config, where)
     return AdapterSettings(
         r=r,
         alpha=alpha,
@@ -169,33 +174,51 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
         dropout=dropout,
         bias=_read_bool(config, "lora_bias", where),
         tied=_read_bool(config, "ensure_weight_tying", where),
-        heads=_read_heads(config, where),
+        saved=saved,
+        # PEFT saves these whole for a task that classifies, whatever modules_to_save says.
+        heads=tuple(name for name in HEADS if name in saved or config.get("task_type") in TASKS),
     )
 
 
-def _read_heads(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    saved: list[Any] = _checked(
+def _read_saved(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    saved: list[str] = _checked(
         where,
         "modules_to_save",
         config.get("modules_to_save") or [],
-        lambda value: type(value) is list and all(type(name) is str for name in value),
+        lambda value: type(value) is list and all(type(name) is str and name for name in value),
         "a list of modules' names",
     )
-    if others := [name for name in saved if name not in _HEADS]:
-        raise FormatError(
-            f"{where}: modules_to_save = {brief(others)} can't be an expert: it replaces whole modules of the base; "
-            f"expected none but a classification head ({listed(_HEADS)}). What you can do: {PLAIN}."
-        )
     return tuple(dict.fromkeys(saved))
+
+
+# The version whose fields the table names. An unknown field of a later one may be a setting of a new kind of LoRA.
+_KNOWN_VERSION = (0, 21)
+
+
+def _pass_over(config: Mapping[str, Any], where: str) -> None:
+    """Warn of the fields that PEFT does not know, and drops; refuse those that a later PEFT may know."""
+    unknown = {name: value for name, value in config.items() if name not in _FIELDS}
+    unknown = {name: value for name, value in unknown.items() if not _is_one_of(value, _NOTHING)}
+    if not unknown:
+        return
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    if version and (int(version[1]), int(version[2])) > _KNOWN_VERSION:
+        name, value = next(iter(unknown.items()))
+        raise FormatError(
+            f"{where}: unknown field {name!r} = {brief(value)}, written by PEFT {config['peft_version']}, which is "
+            f"later than the one known here (0.21). It may change what the adapter means, so it isn't ignored; remove "
+            f"it if you know that it doesn't, or update this library."
+        )
+    warnings.warn(
+        f"{where}: {ADAPTER_CONFIG_FILE} has fields that PEFT doesn't know and ignores, and so does this library: "
+        f"{', '.join(map(brief, unknown))}.",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _check_field(name: str, value: object, where: str) -> None:
     rule = _FIELDS.get(name)
-    if rule is None and not _is_one_of(value, _NOTHING):
-        raise FormatError(
-            f"{where}: unknown field {name!r} = {brief(value)}. It may change what the adapter means, so it isn't "
-            f"ignored; remove it if you know that it doesn't, or update this library."
-        )
     if isinstance(rule, _Refused) and not _is_one_of(value, rule.neutral):
         raise FormatError(
             f"{where}: {name} = {brief(value)} can't be an expert: {rule.why}. What you can do: {rule.remedy}."

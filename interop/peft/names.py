@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 from interop.peft.adapter import LoraAdapter, LoraLayer
+from interop.peft.formats import format_of_keys
 from interop.storage.errors import FormatError, listed
 
 # Names that a causal model, a multimodal one and a bare decoder put in front of the same module.
@@ -32,9 +33,9 @@ def match_module(path: str, known: Collection[str]) -> str:
     if candidates:
         raise FormatError(f"{path!r} could be any of {listed(candidates)} of the base model.")
     nearest = difflib.get_close_matches(path, list(known)[:2000], n=3, cutoff=0.4)
+    reason = format_of_keys([f"{path}."]) or "It is of another architecture, or targets a module that isn't supported"
     raise FormatError(
-        f"{path!r} is no module of the base model that can be adapted; nearest: {listed(nearest) or 'none'}. The "
-        f"adapter is of another architecture, or targets a module that isn't supported."
+        f"{path!r} is no module of the base model that can be adapted; nearest: {listed(nearest) or 'none'}. {reason}."
     )
 
 

@@ -16,6 +16,7 @@ from xlora_jax.generation.sampling import LogitsProcessor, Sampler
 from xlora_jax.generation.state import Draft, Ints, Settings, State, StopAt, new_tokens, start
 from xlora_jax.models import Decoder
 from xlora_jax.passes import Params, XLora
+from xlora_jax.token_ids import check_token_ids, warn_beyond_context
 
 __all__ = ["Generated", "GenerationConfig", "GenerationStats", "generate", "stream"]
 
@@ -46,6 +47,7 @@ class GenerationConfig:
             APPROXIMATE: from there on the tokens are not those of the model. Nothing is drafted then.
         cache_dtype: of keys and values; None takes the model's.
         prefill_chunk: the most tokens of a prompt that run at once; bounds the memory of long prompts.
+        beyond_context: allow ``max_new_tokens`` above the positions that the model was made for.
     """
 
     max_new_tokens: int = 20
@@ -65,9 +67,10 @@ class GenerationConfig:
     frozen_after: int | None = None
     cache_dtype: jax.typing.DTypeLike | None = None
     prefill_chunk: int = 512
+    beyond_context: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate the fields."""
         for name, least in (("max_new_tokens", 1), ("num_return_sequences", 1), ("prefill_chunk", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
@@ -268,6 +271,10 @@ class _Run:
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
             raise ValueError(f"input_ids: expected int [batch, tokens], got {ids.dtype} {list(ids.shape)}")
+        vocab_size = getattr(xlora.module.config, "vocab_size", None)
+        check_token_ids(ids, vocab_size, "input_ids")
+        check_token_ids(np.asarray(config.eos, np.int64), vocab_size, "eos_token_id")
+        check_token_ids(np.asarray([config.pad], np.int64), vocab_size, "pad_token_id")
         mask = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
         if mask.shape != ids.shape:
             raise ValueError(
@@ -287,6 +294,14 @@ class _Run:
                 f"this model has {most} positions, got a prompt of {lengths.max()} tokens and max_new_tokens "
                 f"{config.max_new_tokens}: shorten one of them"
             )
+        context = xlora.module.config.context_length
+        if context is not None and config.max_new_tokens > context and not config.beyond_context:
+            raise ValueError(
+                f"max_new_tokens: expected at most {context}, the positions that the model was made for, got "
+                f"{config.max_new_tokens}; the caches alone would take "
+                f"{_cache_bytes(xlora, config, len(ids), experts) / 2**30:.1f} GiB. Set beyond_context to ask for it"
+            )
+        warn_beyond_context(int(lengths.max()), context, stacklevel=5)
         ids, mask, lengths = (np.repeat(array, config.num_return_sequences, axis=0) for array in (ids, mask, lengths))
         settings = config.settings(record=record and experts)
         return cls(xlora, params, config, settings, experts, ids.astype(np.int32), mask, lengths)
@@ -326,6 +341,14 @@ class _Run:
             cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
             cache_bytes_per_token=sum(cache.bytes_per_token for cache in caches),
         )
+
+
+def _cache_bytes(xlora: XLora, config: GenerationConfig, rows: int, experts: bool) -> int:
+    """Return the size of keys and values of all new tokens, were no layer to keep a window only."""
+    sizes = xlora.module.config
+    width = jnp.dtype(config.cache_dtype or xlora.module.dtype).itemsize
+    per_token: int = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * width
+    return per_token * config.max_new_tokens * rows * config.num_return_sequences * (2 if experts else 1)
 
 
 def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> jax.Array | None:

@@ -127,8 +127,8 @@ class DecoderConfig:
         head: what stands behind the blocks. ``lm``: logits of the next token; ``token``: a class for each token;
             ``last``: one for the sequence, from the last token that is not padding.
         num_labels: C, classes of the head, if it classifies.
-        padding_token: number of the token that is padding, which the head ``last`` goes back behind; None where there
-            is none.
+        padding_token: padding token id; the ``last`` head skips it. None where there is none.
+        context_length: positions that the model was made for; None if unknown. Nothing is computed from it.
     """
 
     heads: ClassVar[tuple[str, ...]] = ("lm", "token", "last")
@@ -176,6 +176,7 @@ class DecoderConfig:
     head: str = "lm"
     num_labels: int = 2
     padding_token: int | None = None
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""

@@ -23,6 +23,7 @@ from xlora_jax.config import XLoraConfig
 from xlora_jax.layers import mixing
 from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, unembed
 from xlora_jax.sharding import keep_batch_split
+from xlora_jax.token_ids import check_token_ids
 from xlora_jax.training.losses import IGNORED_LABEL, causal_lm_loss, chunked_cross_entropy, next_token_targets
 from xlora_jax.training.regularizers import Regularizers
 from xlora_jax.trees import Path, flatten, unflatten
@@ -204,6 +205,19 @@ def _count(batch: Batch) -> jax.Array:
     return (next_token_targets(cast(jax.Array, fold[0]), fold[1]) != IGNORED_LABEL).sum()
 
 
+class _CheckedStep:
+    """A jitted step whose batch is checked on the host first."""
+
+    def __init__(self, xlora: XLora, jitted: Any) -> None:
+        self.lower = jitted.lower
+        self._jitted, self._vocab_size = jitted, getattr(xlora.module.config, "vocab_size", None)
+
+    def __call__(self, first: Any, frozen: Params, batch: Batch) -> Any:
+        check_token_ids(batch["input_ids"], self._vocab_size, "input_ids")
+        check_token_ids(batch["labels"], self._vocab_size, "labels", ignored=IGNORED_LABEL)
+        return self._jitted(first, frozen, batch)
+
+
 def make_train_step(
     xlora: XLora,
     optimizer: optax.GradientTransformation,
@@ -230,8 +244,9 @@ def make_train_step(
         state_shardings: shardings of the state that the step returns; None leaves them to the compiler.
 
     Returns:
-        The step. A batch is as :func:`batch_loss` has it. Metrics, float32 scalars: ``loss`` (cross-entropy per token),
-        ``regularization`` (if there are such terms), ``grad_norm``, ``tokens`` (predicted ones), ``finite``.
+        The step. A batch is as :func:`batch_loss` has it; its ids and labels are checked against the vocabulary on the
+        host. Metrics, float32 scalars: ``loss`` (cross-entropy per token), ``regularization`` (if there are such
+        terms), ``grad_norm``, ``tokens`` (predicted ones), ``finite``.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
@@ -290,7 +305,7 @@ def make_train_step(
         metrics["finite"] = finite.astype(jnp.float32)
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return _CheckedStep(xlora, jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)))
 
 
 def make_eval_step(
@@ -309,7 +324,7 @@ def make_eval_step(
         sums = jnp.einsum("btn,bt->n", scalings.astype(jnp.float32).mean(axis=2), counted.astype(jnp.float32))
         return total, counted.sum(), sums
 
-    return jax.jit(step)
+    return _CheckedStep(xlora, jax.jit(step))
 
 
 def make_scaling_step(xlora: XLora, *, mesh: Mesh | None = None) -> Callable[[Params, Batch], jax.Array]:

@@ -57,6 +57,8 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tup
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{where}: a field has no meaning for {family.model_type}: {error}") from error
     fields.finish()
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    declared = dataclasses.replace(declared, context_length=positions)
     head = DECODER_HEADS.get(task_of(config) or "")
     if family.module is Decoder and head is not None:
         # A head that classifies has a kernel of its own, and none of what follows the one of a language model.

@@ -119,7 +119,7 @@ def test_generation_config_without_its_file(tmp_path):
     [
         ({"num_beams": 4}, "field 'num_beams': expected it absent or 1.*got 4"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
-        ({"temperature": 0.0}, "temperature: expected > 0"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature: expected > 0"),
     ],
 )
 def test_generation_config_refusals(tmp_path, fields, message):
@@ -203,3 +203,50 @@ def test_command_line_refusals(files, arguments, message):
     result = call("generate", files[0], *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"do_sample": False, "temperature": 0.0},
+        {"temperature": 0.0, "top_p": 1.5},
+        {"do_sample": False, "top_k": -1, "min_p": -0.5},
+    ],
+)
+def test_settings_of_a_draw_that_is_not_made_mean_nothing(tmp_path, fields):
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    config = load_generation_config(tmp_path)
+    assert not config.do_sample
+    assert (config.temperature, config.top_k, config.top_p, config.min_p) == (1.0, None, None, None)
+    with pytest.raises(FormatError, match="temperature"):
+        load_generation_config(tmp_path, changes={"temperature": 0.0, "do_sample": True})
+
+
+def test_changes_come_before_the_check_of_the_file(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"no_repeat_ngram_size": 3, "top_k": 7}))
+    with pytest.raises(FormatError, match=r"no_repeat_ngram_size.*Set it to 0 in the file, or by changes="):
+        load_generation_config(tmp_path)
+    changes = {"no_repeat_ngram_size": 0, "do_sample": True, "draft": False, "max_new_tokens": 5}
+    config = load_generation_config(tmp_path, changes=changes)
+    assert (config.do_sample, config.top_k, config.draft, config.max_new_tokens) == (True, 7, False, 5)
+    with pytest.raises(FormatError, match="unknown settings of generation: 'no_such_thing'"):
+        load_generation_config(tmp_path, changes={"no_such_thing": 1})
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"do_sample": True, "top_p": 0.5}))
+    assert load_generation_config(tmp_path, file=other).top_p == 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("eos_token_id", float("inf")),
+        ("eos_token_id", [1, None]),
+        ("max_new_tokens", "5"),
+        ("do_sample", 1),
+        ("top_p", "x"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(tmp_path, field, value):
+    (tmp_path / "generation_config.json").write_text(json.dumps({field: value}).replace("Infinity", "1e400"))
+    with pytest.raises(FormatError, match=rf"generation_config\.json.*{field}"):
+        load_generation_config(tmp_path)

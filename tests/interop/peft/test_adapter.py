@@ -285,13 +285,6 @@ def test_weight_tying_with_embeddings(base, tmp_path):
         load_lora(tmp_path)
 
 
-def test_embeddings_stored_whole(llama, tmp_path):
-    model = get_peft_model(fresh_base(llama), peft_config())
-    model.save_pretrained(tmp_path, save_embedding_layers=True)
-    with pytest.raises(FormatError, match=r"embed_tokens\.weight'.*save_embedding_layers=False"):
-        load_lora(tmp_path)
-
-
 def test_other_kinds_of_adapter(llama, tmp_path):
     get_peft_model(fresh_base(llama), peft.IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     with pytest.raises(FormatError, match="peft_type is 'IA3'; expected 'LORA'"):
@@ -318,8 +311,8 @@ class TestUnknownFields:
         load_lora(edit_config(copied, from_the_future=value))
 
     @pytest.mark.parametrize("value", [True, 1, 0, "on", [1], {"a": 1}, 0.5])
-    def test_refused(self, copied, value):
-        edit_config(copied, from_the_future=value)
+    def test_of_a_later_peft_are_refused(self, copied, value):
+        edit_config(copied, from_the_future=value, peft_version="0.22.0")
         with pytest.raises(FormatError, match="unknown field 'from_the_future' = "):
             load_lora(copied)
 
@@ -555,7 +548,7 @@ BROKEN_TENSORS = {
     ),
     "one dimension": (add(**{f"{Q}.lora_A.weight": torch.ones(4)}), r"lora_A\.weight' \[4\] and .* are no pair"),
     "three dimensions": (add(**{f"{Q}.lora_A.weight": torch.ones(4, 48, 1)}), "are no pair"),
-    "empty": (add(**{f"{Q}.lora_A.weight": torch.ones(4, 0)}), r"\[4, 0\] and .* are no pair"),
+    "empty": (add(**{f"{Q}.lora_A.weight": torch.ones(4, 0)}), r"hold no values \(shape \[4, 0\]\)"),
     "kernel in B": (
         add(**{f"{Q}.lora_A.weight": torch.ones(4, 3, 2, 2), f"{Q}.lora_B.weight": torch.ones(9, 4, 2, 2)}),
         "are no pair",

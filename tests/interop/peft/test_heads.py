@@ -20,9 +20,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import xlora_jax
 from interop import load_base, load_lora, load_xlora, save_base, save_lora, save_xlora
+from interop.experts import fit_adapters
 from interop.inspection import inspect_path
 from interop.model import open_xlora
-from interop.peft.heads import choose_head
+from interop.peft.heads import choose_head, head_of
 from interop.storage.errors import FormatError
 from tests.helpers.encoders import CASES, adapters_on, encoder_inputs, make_encoder, run_encoder
 from tests.helpers.families import MODELS
@@ -240,7 +241,7 @@ def test_one_head_that_all_share_is_used(llama, experts, tmp_path):
     first = load_lora(experts["SEQ_CLS"][0])
     second = load_lora(experts["SEQ_CLS"][1])
     save_lora(replace(second, head=first.head), tmp_path / "same")
-    save_lora(second.without_head(), tmp_path / "none")
+    save_lora(second.factors_only(), tmp_path / "none")
     adapters = {"a": first.path, "b": tmp_path / "same", "c": tmp_path / "none"}
     shared = load_xlora(llama, adapters=adapters)
     chosen = load_xlora(llama, adapters={**adapters, "b": second.path}, head="a")
@@ -290,12 +291,14 @@ def test_heads_that_cannot_be_are_refused_by_name(llama, experts, tmp_path):
         save_lora(replace(adapter, config={**adapter.config, **config}, head=head), tmp_path / "lora")
         return tmp_path / "lora"
 
-    with pytest.raises(FormatError, match="no tensor of a classification head, though modules_to_save names"):
-        load_lora(saved({}))
+    classifier = load_base(llama, head=head_of(adapter))
+    with pytest.raises(FormatError, match=r"modules_to_save names 'score', which the base has .* was cut"):
+        fit_adapters([load_lora(saved({}))], classifier)
     with pytest.raises(FormatError, match=r"'math'.*'base_model.model.score.weight' has shape \[5\]"):
         load_lora(saved({}, **{"score.weight": np.ones(5, np.float32)}), name="math")
+    table = {"model.embed_tokens.weight": np.ones((80, 48), np.float32)}
     with pytest.raises(FormatError, match=r"modules_to_save = \['embed_tokens'\] can't be an expert"):
-        load_lora(saved({"modules_to_save": ["score", "embed_tokens"]}))
+        load_lora(saved({"modules_to_save": ["score", "embed_tokens"]}, **adapter.head, **table))
     with pytest.raises(FormatError, match=r"\(classifier.weight\) that llama has not; expected score"):
         load_xlora(llama, adapters={"math": saved({}, **{"classifier.weight": np.ones((5, 48), np.float32)})})
     more = {**adapter.head, "score.out_proj.weight": np.ones((5, 48), np.float32)}
