@@ -62,7 +62,12 @@ _MISTRALRS = """\
     mistralrs run -m {base} --xlora DIR --xlora-order DIR/xlora_ordering.json
 
 The base has to be named as in `xlora_ordering.json`. `xlora_dropout_p` is 0 here, since mistral.rs applies the
-classifier's dropout when it generates; an expert's `lora_alpha` is the one that gives its scale as alpha / r.
+classifier's dropout when it generates. An expert's `lora_alpha` is the one that gives its scale as alpha / r. An
+`xlora_size` below the hidden size was raised to it, with units that are always zero.
+
+Seen with mistral.rs 0.9.5 on a CPU: it computes the same tokens, for prompts of one token. Longer prompts on
+safetensors fail there ("RoPE positions length 1 does not match"). A base with tied embeddings lacks `lm_head.weight`
+there. It reads `rope_theta` at the top level of config.json, where transformers 5 no longer writes it.
 """
 
 _ELSEWHERE = """\

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from interop.checkpoint.card import model_card
@@ -232,6 +233,13 @@ def _write_mistralrs(
         raise FormatError(
             "layout 'mistralrs': enable_softmax_topk is not implemented in mistral.rs; use layout 'peft'."
         )
+    if config.top_k_lora is not None and config.scaling_pass_gate(len(names)) != 0:
+        raise FormatError(
+            f"layout 'mistralrs': top_k_lora {config.top_k_lora} with scaling_pass_value {config.scaling_pass_value}: "
+            f"PEFT selects the top k in the scaling pass too, and mistral.rs does not; use scaling_pass_value 0, or "
+            f"layout 'peft'."
+        )
+    config, classifier = _as_wide_as_hidden(config, classifier)
     files = {
         XLORA_CONFIG_FILE: _original_settings(config, adapters, base_model)
         | {"xlora_dropout_p": 0.0},  # mistral.rs applies the classifier's dropout when it generates
@@ -253,7 +261,33 @@ def _write_mistralrs(
             )
 
 
-_MISTRALRS_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+def _as_wide_as_hidden(config: XLoraConfig, classifier: Sequence[Linear]) -> tuple[XLoraConfig, Sequence[Linear]]:
+    """Widen the classifier's inner layers to the hidden size, by units that are always zero.
+
+    mistral.rs 0.9.5 builds the last layer for inputs of the hidden size, whatever `xlora_size` says.
+    """
+    if config.xlora_depth == 1 or config.xlora_size == config.hidden_size:
+        return config, classifier
+    more = config.hidden_size - config.xlora_size
+    if more < 0:
+        raise FormatError(
+            f"layout 'mistralrs': xlora_size {config.xlora_size} is above the hidden size {config.hidden_size}, and "
+            f"mistral.rs takes the hidden size for it; use layout 'peft', or train with an xlora_size of at most that."
+        )
+    wide: list[Linear] = []
+    for i, (weight, bias) in enumerate(classifier):
+        inputs, outputs = (more if i > 0 else 0), (more if i < len(classifier) - 1 else 0)
+        wide.append((np.pad(weight, ((0, inputs), (0, outputs))), None if bias is None else np.pad(bias, (0, outputs))))
+    return dataclasses.replace(config, xlora_size=config.hidden_size), wide
+
+
+# Modules that mistral.rs adapts, by its source (0.9.5), for each kind of model.
+_MISTRALRS_MODULES = {
+    "Llama, Mistral, Mixtral, Gemma": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "Phi 2": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "Phi 3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "Starcoder 2": ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+}
 _BLOCK_MODULE = re.compile(r"model\.layers\.(?P<block>\d+)\.(?:self_attn|mlp)\.(?P<module>\w+)")
 
 
@@ -266,10 +300,13 @@ def _mistralrs_expert(adapter: LoraAdapter, first: LoraAdapter, layer_names: Seq
             f"{where} doesn't adapt {listed(other)}, as others do; there all experts must adapt the same."
         )
     matches = {path: _BLOCK_MODULE.fullmatch(path) for path in adapter.layers}
-    odd = [path for path, match in matches.items() if match is None or match["module"] not in _MISTRALRS_MODULES]
+    modules_of = [match["module"] for match in matches.values() if match]
+    known = max(_MISTRALRS_MODULES.values(), key=lambda names: sum(module in names for module in modules_of))
+    odd = [path for path, match in matches.items() if match is None or match["module"] not in known]
     odd += [path for path, layer in adapter.layers.items() if layer.kind != "linear" and path not in odd]
     if odd:
-        raise FormatError(f"{where} adapts {listed(odd)}; there only {listed(_MISTRALRS_MODULES)} can be adapted.")
+        able = "; ".join(f"of {model} {', '.join(names)}" for model, names in _MISTRALRS_MODULES.items())
+        raise FormatError(f"{where} adapts {listed(odd)}; there only these can be adapted: {able}.")
     biased = [path for path, layer in adapter.layers.items() if layer.bias is not None]
     if biased:
         raise FormatError(f"{where} has lora_bias, which is not implemented there.")

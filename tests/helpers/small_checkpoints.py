@@ -33,14 +33,14 @@ def small_adapter(name, ranks, value=None, inputs=3, outputs=2, **config):
 BLOCKS = [f"model.layers.{i}.{module}" for i in range(2) for module in ("self_attn.q_proj", "mlp.up_proj")]
 
 
-def small_model(depth=2, layerwise=True, names=NAMES, value=None, dtype="f4", **options):
+def small_model(depth=2, layerwise=True, names=NAMES, value=None, dtype="f4", size=4, **options):
     """The arguments of `write_xlora` for a small random model."""
     config = XLoraConfig(
-        hidden_size=5, adapters=dict.fromkeys(names, ""), xlora_depth=depth, xlora_size=4, layerwise_scalings=layerwise,
-        **options,
+        hidden_size=5, adapters=dict.fromkeys(names, ""), xlora_depth=depth, xlora_size=size,
+        layerwise_scalings=layerwise, **options,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    widths = [5] + [4] * (depth - 1) + [len(names) * (len(BLOCKS) if layerwise else 1)]
+    widths = [5] + [size] * (depth - 1) + [len(names) * (len(BLOCKS) if layerwise else 1)]
     shapes = list(pairwise(widths))
     fill = rng.normal if value is None else lambda size: np.full(size, value)
     classifier = [tuple(fill(size=s).astype(dtype) for s in (shape, shape[1:])) for shape in shapes]

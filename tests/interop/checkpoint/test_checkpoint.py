@@ -523,11 +523,20 @@ def assert_same_model(checkpoint, model, dropout=True):
 LAYOUTS = ["peft", "xlora", "mistralrs"]
 
 
+def model_for(layout, *args, **options):
+    """A model that the layout keeps as it is: mistral.rs has inner layers of the hidden size, and no top k at first."""
+    if layout == "mistralrs":
+        options["size"] = 5
+        if options.get("top_k_lora") is not None:
+            options["scaling_pass_value"] = 0.0
+    return small_model(*args, **options)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("layerwise", [True, False])
 def test_every_layout_both_ways(tmp_path, layout, depth, layerwise):
-    model = small_model(depth, layerwise, top_k_lora=2, scaling_pass_value=0.25, softmax_temperature=0.5)
+    model = model_for(layout, depth, layerwise, top_k_lora=2, scaling_pass_value=0.25, softmax_temperature=0.5)
     write_xlora(tmp_path / "x", layout=layout, **model)
     checkpoint = read_xlora(tmp_path / "x")
     assert_same_model(checkpoint, model, dropout=layout != "mistralrs")
@@ -535,7 +544,7 @@ def test_every_layout_both_ways(tmp_path, layout, depth, layerwise):
 
 
 def test_through_all_layouts_and_back(tmp_path):
-    model = small_model(4, xlora_dropout_p=0.0)
+    model = small_model(4, size=5, xlora_dropout_p=0.0)
     previous = None
     for layout in [*LAYOUTS, "peft"]:
         write_xlora(tmp_path / layout, layout=layout, **(previous or model))
@@ -571,7 +580,7 @@ def test_names_of_the_slots(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dtypes_are_kept(tmp_path, dtype, layout):
-    model = small_model(dtype=dtype)
+    model = model_for(layout, dtype=dtype)
     write_xlora(tmp_path / "x", layout=layout, **model)
     assert_same_model(read_xlora(tmp_path / "x"), model, dropout=layout != "mistralrs")
 
@@ -601,7 +610,7 @@ def test_a_scaling_pass_of_1_over_n_is_written_as_a_number(tmp_path, layout):
     ),
 )
 def test_written_and_read_is_the_same(tmp_path, layout, depth, layerwise, options):
-    model = small_model(depth, layerwise, **options)
+    model = model_for(layout, depth, layerwise, **options)
     write_xlora(tmp_path / "x", layout=layout, **model)  # over the one of the example before, of any layout
     assert_same_model(read_xlora(tmp_path / "x"), model, dropout=layout != "mistralrs")
 
@@ -800,6 +809,30 @@ class TestMistralrs:
         options = {"enable_softmax_topk": True, "enable_softmax": False, "top_k_lora": 1}
         self.refused(tmp_path, "enable_softmax_topk is not implemented in mistral.rs", options=options)
 
+    def test_top_k_in_another_scaling_pass(self, tmp_path):
+        options = {"top_k_lora": 1, "scaling_pass_value": 0.5}
+        self.refused(tmp_path, "top_k_lora 1 with scaling_pass_value 0.5: PEFT selects", options=options)
+
+    @pytest.mark.parametrize("depth", [2, 3, 4])
+    def test_inner_layers_are_widened_to_the_hidden_size(self, tmp_path, depth):
+        """mistral.rs takes the hidden size for xlora_size; units of zeros change nothing."""
+        model = small_model(depth)
+        write_xlora(tmp_path / "x", layout="mistralrs", **model)
+        read = read_xlora(tmp_path / "x")
+        assert read.config.xlora_size == 5
+        assert [weight.shape[0] for weight, _ in read.classifier] == [5] * depth
+
+        def run(classifier, x):
+            for number, (weight, bias) in enumerate(classifier):
+                x = x @ weight + bias
+                x = np.maximum(x, 0) if number < depth - 1 else x
+            return x
+
+        x = np.random.default_rng(3).normal(size=(7, 5)).astype("f4")
+        np.testing.assert_allclose(run(read.classifier, x), run(model["classifier"], x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(FormatError, match="xlora_size 6 is above the hidden size 5"):
+            write_xlora(tmp_path / "y", layout="mistralrs", **small_model(depth, size=6))
+
     def test_other_targets(self, tmp_path):
         fewer = lambda adapter: small_adapter("bb", dict.fromkeys(BLOCKS[::2], 2))  # noqa: E731
         words = r"the expert 'bb' doesn't adapt 'model\.layers\.0\.mlp\.up_proj', 'model\.layers\.1\.mlp\.up_proj'"
@@ -809,7 +842,7 @@ class TestMistralrs:
     def test_modules_that_it_lacks(self, tmp_path, path):
         adapters = [small_adapter(name, dict.fromkeys([*BLOCKS, path], 2)) for name in ("aa", "bb")]
         model = small_model(1, False, names=("aa", "bb")) | {"adapters": adapters, "layer_names": [*BLOCKS, path]}
-        with pytest.raises(FormatError, match=f"adapts '{re.escape(path)}'; there only 'q_proj', "):
+        with pytest.raises(FormatError, match=f"adapts '{re.escape(path)}'; there only these can be adapted: of Llama"):
             write_xlora(tmp_path / "x", layout="mistralrs", **model)
 
     def test_some_blocks_only(self, tmp_path):
@@ -899,7 +932,7 @@ class TestSavingOver:
     def test_an_earlier_save_of_any_layout_and_names(self, tmp_path):
         saved = [("xlora", NAMES), ("mistralrs", ("aa", "bb")), ("peft", NAMES), ("xlora", ("odd[1]*", "cc")[1:])]
         for layout, names in saved:
-            model = small_model(3, names=names)
+            model = model_for(layout, 3, names=names)
             write_xlora(tmp_path / "x", layout=layout, **model)
             assert_same_model(read_xlora(tmp_path / "x"), model, dropout=layout != "mistralrs")
         assert sorted(os.listdir(tmp_path)) == ["x"]
