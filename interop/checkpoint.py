@@ -47,6 +47,7 @@ from interop.tensors import (
     to_torch,
     write_safetensors,
 )
+from xlora_jax.atomic import replace_text
 from xlora_jax.config import XLoraConfig
 
 Layout = Literal["peft", "xlora", "mistralrs"]
@@ -472,9 +473,7 @@ def repoint(directory: str | os.PathLike[str]) -> None:
     content["adapters"] = {
         name: str(Path(place).resolve()) if Path(place).is_dir() else place for name, place in found.items() if place
     }
-    partial = path.with_name(f".{path.name}.partial")
-    write_json(partial, content)
-    os.replace(partial, path)
+    write_json(path, content)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,7 +532,7 @@ def write_xlora(
         write_json(partial / ORDERING_FILE, ordering)
         labels = len(head[max(head)]) if head else None  # of RoBERTa's two layers the output's name is the later one
         card = model_card(layout, config, adapters, base_model, len(layer_names), task_type, labels)
-        (partial / _CARD_FILE).write_text(card, encoding="utf-8")
+        replace_text(partial / _CARD_FILE, card)
         if layout == "peft":
             _write_peft(partial, target, config, classifier, adapters, base_model, task_type, extras or {}, head or {})
         elif layout == "xlora":

@@ -12,10 +12,10 @@ class FormatError(ValueError):
     """
 
 
-def brief(value: object) -> str:
-    """A value for a message, cut where it is long."""
+def brief(value: object, most: int = 120) -> str:
+    """A value for a message, cut after ``most`` characters."""
     text = repr(value)
-    return text if len(text) <= 120 else text[:120] + "..."
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def listed(items: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from interop.errors import FormatError
+from xlora_jax.atomic import replace_json
 
 # Larger than any real one (an index of 100,000 tensors has 10 MB), small enough to be parsed in about a second.
 _MAX_JSON_BYTES = 32 * 2**20
@@ -75,7 +76,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes an object as JSON, indented, in the order of its keys."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    replace_json(path, value, ensure_ascii=False, allow_nan=False)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from xlora_jax.atomic import open_to_append, replace_text
 
 __all__ = ["MetricsWriter", "peak_memory"]
 
@@ -30,7 +31,7 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         _keep_until(path, resumed_at)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_to_append(path)
         self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # type: ignore[import-untyped,unused-ignore]
@@ -70,9 +71,7 @@ def _keep_until(path: Path, step: int) -> None:
             continue
         if entry["step"] <= step:
             kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "".join(kept))
 
 
 def peak_memory() -> dict[str, float]:

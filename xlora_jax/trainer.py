@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import threading
 import time
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
+from xlora_jax.atomic import replace_json, replacing_file
 from xlora_jax.checkpoints import CheckpointError, Checkpoints
 from xlora_jax.data import Loader, Rows
 from xlora_jax.metrics import MetricsWriter, peak_memory
@@ -413,7 +413,8 @@ def _check_finite(before: Any, config: TrainConfig, output: str | Path | None, s
     where = "give an output directory to have it saved"
     if output is not None:
         path = Path(output) / f"bad_batch_step_{step}_process_{jax.process_index()}.npz"
-        np.savez_compressed(path, **dict(batch))
+        with replacing_file(path) as file:
+            np.savez_compressed(file, **dict(batch))
         where = f"saved as {path}"
     raise NonFiniteError(
         f"step {step}: loss or gradient was not finite for {int(in_row)} steps in a row. Nothing was learnt from them; "
@@ -618,8 +619,6 @@ def _save_settings(output: Path, config: TrainConfig, latest: int | None, *, own
             )
     if jax.process_index() == 0:
         try:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            replace_json(path, dataclasses.asdict(config))
         except OSError as error:
             raise CheckpointError(f"{path}: the settings can't be written ({error})") from error

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from xlora_jax.atomic import replace_json, replacing_file
 from xlora_jax.cli.pairs import named
 
 __all__ = ["command"]
@@ -109,7 +109,7 @@ def _print(experts: Sequence[str], found: Mapping[str, Any]) -> None:
 
 
 def _write(output: Path, model: Any, found: Mapping[str, Any]) -> None:
-    """Write both files, each beside its place first."""
+    """Write both files."""
     experts = list(model.expert_names)
     layers = list(model.layer_names) if model.config.layerwise_scalings else ["all layers"]
     report = {
@@ -128,16 +128,13 @@ def _write(output: Path, model: Any, found: Mapping[str, Any]) -> None:
         },
     }
     output.mkdir(parents=True, exist_ok=True)
-    text = output / "report.json.partial"
-    text.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    text.replace(output / "report.json")
-    picture = output / "report.partial.png"
-    _draw(picture, experts, layers, found)
-    picture.replace(output / "report.png")
+    replace_json(output / "report.json", report)
+    with replacing_file(output / "report.png") as file:
+        _draw(file, experts, layers, found)
     typer.echo(f"{output / 'report.json'} and {output / 'report.png'}")
 
 
-def _draw(path: Path, experts: Sequence[str], layers: Sequence[str], found: Mapping[str, Any]) -> None:
+def _draw(file: IO[bytes], experts: Sequence[str], layers: Sequence[str], found: Mapping[str, Any]) -> None:
     """For each text the mean gate of each expert at each layer, from none (light) to all (dark)."""
     import matplotlib
 
@@ -165,5 +162,5 @@ def _draw(path: Path, experts: Sequence[str], layers: Sequence[str], found: Mapp
     else:
         panels[0][0].set_yticks(range(len(layers)), layers, fontsize=6)
     figure.colorbar(image, ax=list(panels[0]), label="mean gate")
-    figure.savefig(path)
+    figure.savefig(file, format="png")
     plt.close(figure)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import jax
 import typer
 
 from xlora_jax import XLoraConfig
+from xlora_jax.atomic import replace_json
 from xlora_jax.checkpoints import CheckpointError
 from xlora_jax.data import Rows, encode_records, lay_out, read_records
 from xlora_jax.trainer import NonFiniteError, TrainConfig, TrainResult, mesh_of, train
@@ -112,7 +112,7 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
     )
     if result.finished and jax.process_index() == 0:
         save_xlora(result.model, output / "model", layout=job.layout)
-        _write_json(output / "job.json", _describe(job))
+        replace_json(output / "job.json", _describe(job))
     return result
 
 
@@ -132,12 +132,6 @@ def _describe(job: Job) -> dict[str, Any]:
         name: str(s) if isinstance(s, str | Path) else "records" for name, s in job.eval_data.items()
     }
     return values
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _named(values: list[str], option: str) -> dict[str, str]:
