@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interop.hub import resolve
+from interop.auto import load_tokenizer, render_chat
 from xlora_jax.data import Codec
 
 __all__ = ["codec_of", "load_codec"]
@@ -14,9 +14,7 @@ __all__ = ["codec_of", "load_codec"]
 
 def load_codec(base: str | Path, **hub_options: Any) -> Codec:
     """Load the tokenizer of an HF model directory or hub id; options as those of :func:`interop.load_base`."""
-    from transformers import AutoTokenizer
-
-    return codec_of(AutoTokenizer.from_pretrained(resolve(base, **hub_options)))
+    return codec_of(load_tokenizer(base, **hub_options))
 
 
 def codec_of(tokenizer: Any) -> Codec:
@@ -29,7 +27,7 @@ def codec_of(tokenizer: Any) -> Codec:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     def chat(messages: Sequence[Mapping[str, str]], answer_follows: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows)
+        text = render_chat(tokenizer, messages, add_generation_prompt=answer_follows)
         # The template writes the special tokens itself.
         return list(tokenizer.encode(text, add_special_tokens=False))
 

@@ -63,16 +63,14 @@ def command(
     What is not given on the command line is as the model's generation_config.json has it.
     """
     # Imported here: `--help` answers at once.
-    from transformers import AutoTokenizer
-
     from interop import FormatError, load_base, load_xlora
+    from interop.auto import load_tokenizer
     from interop.generation import load_generation_config
-    from interop.hub import resolve
     from xlora_jax.text import StopStrings, TextStream
 
     try:
         texts = _read_prompts(prompt, prompts)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(base))
+        tokenizer = load_tokenizer(base)
 
         def decode(tokens: Sequence[int]) -> str:
             return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -155,13 +153,13 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | N
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
     if chat:
+        from interop.auto import render_chat
+
         if not tokenizer.chat_template:
             raise ValueError("--chat: this model's tokenizer has no chat template")
         before = [] if system is None else [{"role": "system", "content": system}]
         texts = [
-            tokenizer.apply_chat_template(
-                [*before, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
+            render_chat(tokenizer, [*before, {"role": "user", "content": text}], add_generation_prompt=True)
             for text in texts
         ]
     # A template writes the special tokens itself.

@@ -117,12 +117,10 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
 
 
 def _config_for(job: Job) -> XLoraConfig:
-    from transformers import AutoConfig
+    from interop.base import open_base
 
-    from interop.hub import resolve
-
-    text = AutoConfig.from_pretrained(resolve(job.base)).get_text_config()
-    return XLoraConfig(hidden_size=text.hidden_size, adapters=dict(job.adapters), **job.xlora)
+    width = open_base(job.base).module.config.hidden_size
+    return XLoraConfig(hidden_size=width, adapters=dict(job.adapters), **job.xlora)
 
 
 def _describe(job: Job) -> dict[str, Any]:
