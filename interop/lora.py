@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from interop.atomic import replacing
 from interop.errors import FormatError, brief, listed
 from interop.files import file_in, read_json, write_json
 from interop.hub import resolve
+from interop.patterns import check_patterns, first_match
 from interop.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
 
 Kind = Literal["linear", "embedding", "conv"]
@@ -203,22 +204,12 @@ class _Settings:
 
     def of(self, path: str) -> tuple[int, float]:
         """Rank and alpha of the module at `path`."""
-        rank = self.rank_pattern.get(_pattern_for(self.rank_pattern, path), self.r)
-        alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, path), self.alpha)
+        rank = self.rank_pattern.get(first_match(self.rank_pattern, path), self.r)
+        alpha = self.alpha_pattern.get(first_match(self.alpha_pattern, path), self.alpha)
         return rank, alpha
 
     def scale(self, r: int, alpha: float) -> float:
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-
-def _pattern_for(patterns: Iterable[str], path: str) -> str:
-    """The first pattern that is a regular expression of the path or of its end after a dot, as PEFT 0.21 matches."""
-    return next((pattern for pattern in patterns if _compiled(pattern).match(path)), path)
-
-
-@lru_cache(2**15)  # re's own cache holds 512, fewer than large adapters have
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _read_settings(config: Mapping[str, Any], where: str) -> _Settings:
@@ -336,63 +327,12 @@ def _read_pattern(
     return patterns
 
 
-# Matching is by backtracking, and the patterns of an adapter from anywhere must not take for ever. In steps of some
-# 10 ns: with 100 million, patterns that list each of 1000 modules pass.
-_MAX_MATCHING_STEPS = 100_000_000
-_COMPILING_STEPS = 10_000
 _MAX_PATTERNS = 10_000
 
 
 def _check_patterns(settings: _Settings, paths: Collection[str], where: str) -> None:
-    """Raises FormatError for patterns that are no regular expressions, or whose matching could take long."""
-    longest = max(map(len, paths))
-    for name, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
-        steps = 0.0
-        for pattern in patterns:
-            repeats = _repeats(pattern)
-            if repeats is None:
-                raise FormatError(
-                    f"{where}: {name} holds {brief(pattern)}, whose repeated group has choices in it: matching it "
-                    f"could take for ever. Write it without, or list the modules by name."
-                )
-            backtracking = 2 * longest**repeats / math.factorial(repeats) if repeats else 0
-            steps += _COMPILING_STEPS + len(paths) * (16 + len(pattern) + backtracking)
-        if steps > _MAX_MATCHING_STEPS:
-            raise FormatError(
-                f"{where}: {name} has {len(patterns)} entries for {len(paths)} stored modules; matching them would "
-                f"take too long. Remove entries that match no stored module, or use fewer '.*'."
-            )
-        for pattern in patterns:
-            try:
-                _compiled(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise FormatError(
-                    f"{where}: {name} holds {brief(pattern)}: no regular expression ({error})."
-                ) from error
-
-
-def _repeats(pattern: str) -> int | None:
-    """How many parts of a regular expression may repeat; None if a repeated group holds a repetition or a choice.
-
-    With that None excluded, matching a text of n characters takes at most about n**repeats / repeats! steps.
-    """
-    tokens = re.findall(r"\\.|\[\^?\]?[^\]]*\]|\(\?[:=!]|[*+?{][?+]?|.", pattern, re.DOTALL)
-    repeats, open_groups, closed = 0, [False], False
-    for token in tokens:
-        if token[0] == "(":
-            open_groups.append(False)
-        elif token == "|":
-            open_groups[-1] = True
-        elif token[0] in "*+?{" and len(token) <= 2:
-            if closed and token[0] != "?":
-                return None
-            repeats += 1
-            open_groups[-1] = True
-        closed = False
-        if token == ")" and len(open_groups) > 1:
-            closed = open_groups.pop()
-            open_groups[-1] |= closed
-    return repeats
+    check_patterns(settings.rank_pattern, paths, where, "rank_pattern")
+    check_patterns(settings.alpha_pattern, paths, where, "alpha_pattern")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
