@@ -3,7 +3,7 @@ r"""Regular expressions from an adapter's config, matched in linear time by RE2.
 PEFT matches the keys of `rank_pattern` and `alpha_pattern` with `re.match(rf"(.*\.)?({pattern})$", path)`, whose
 backtracking can take for ever. RE2 gives the same answer wherever both engines read a pattern alike. The grammar here
 admits these patterns alone: literals, `.`, `|`, `^`, `$`, groups, classes, repetition (greedy or lazy), `\d \w \s \b`
-and their opposites, and the flags i, m and s of a group. Refused by name: constructs that RE2 can't express (lookaround,
+and their opposites, and the flags i, m and s of a group. Refused by name: constructs that RE2 lacks (lookaround,
 backreferences, atomic groups, conditions) or would read differently (possessive repetition, verbose mode).
 """
 
