@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["flush_entry", "open_to_append", "replace_json", "replace_text", "replacing_file"]
+__all__ = ["flush_entry", "open_to_append", "read_json_object", "replace_json", "replace_text", "replacing_file"]
 
+_MAX_JSON_BYTES = 2**20
 # Windows has no O_NOFOLLOW; there O_EXCL alone keeps an existing link from being opened.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
@@ -55,6 +56,24 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
 def replace_json(path: str | os.PathLike[str], value: Mapping[str, Any], **options: Any) -> None:
     """Write a JSON object, indented; ``options`` are those of :func:`json.dumps`."""
     replace_text(path, json.dumps(value, indent=2, **options) + "\n")
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object of a few kilobytes that this library wrote.
+
+    Raises:
+        ValueError: the file is cut off, holds something else, or is far too large; the message names it.
+    """
+    target = Path(path)
+    if target.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{target}: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {target.stat().st_size}")
+    try:
+        value = json.loads(target.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{target}: expected a JSON object; the file is damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{target}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def open_to_append(path: str | os.PathLike[str]) -> IO[str]:

@@ -64,13 +64,22 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
+            at = entry["step"]
+            if type(at) is not int:
+                raise TypeError(f"step is {at!r:.40}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number == len(lines) and not isinstance(error, KeyError | TypeError):
+                continue
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with a whole number step, got {line[:80]!r}; correct "
+                f"or remove the line, or give another output directory"
+            ) from error
+        if at <= step:
+            kept.append(line.decode("utf-8") + "\n")
     replace_text(path, "".join(kept))
 
 

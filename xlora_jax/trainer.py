@@ -6,7 +6,6 @@ The step is :func:`xlora_jax.training.make_train_step`; everything here happens 
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import threading
 import time
@@ -25,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from xlora_jax.atomic import replace_json, replacing_file
+from xlora_jax.atomic import read_json_object, replace_json, replacing_file
 from xlora_jax.checkpoints import CheckpointError, Checkpoints
 from xlora_jax.data import Loader, Rows
 from xlora_jax.metrics import MetricsWriter, peak_memory
@@ -605,11 +604,21 @@ def _progress(steps: int, started: int, show: bool) -> Iterator[Callable[..., No
         yield update
 
 
+def _read_settings(path: Path) -> TrainConfig:
+    values = read_json_object(path)
+    try:
+        return TrainConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected the settings of a run ({error}); restore the file, or give another output directory"
+        ) from error
+
+
 def _save_settings(output: Path, config: TrainConfig, latest: int | None, *, own_optimizer: bool) -> None:
     """Write ``train_config.json``; where checkpoints are already, they must be of the same settings."""
     path = output / "train_config.json"
     if latest is not None and path.exists():
-        was = TrainConfig(**json.loads(path.read_text(encoding="utf-8"))).fixed()
+        was = _read_settings(path).fixed()
         now = config.fixed()
         differ = [f"{name}: {was[name]!r} there, {now[name]!r} now" for name in now if now[name] != was[name]]
         if differ and not own_optimizer:
