@@ -68,6 +68,8 @@ _FIXED_ENTRIES = (
     _CARD_FILE,
 )
 _MAX_DEPTH = 1000
+_MAX_PATH = 4096
+_MAX_NAME = 200
 _FIELDS = tuple(field.name for field in dataclasses.fields(XLoraConfig))
 
 
@@ -419,20 +421,28 @@ def find_expert(directory: Path, path: str) -> str | None:
     That is the folder of the checkpoint that the path ends in (the directory may have moved, its experts with it), else
     the path itself if there is a directory, else a hub id.
     """
+    # No file system takes longer paths; a name that is too long, or holds a zero, is no directory's either.
+    if len(path) > _MAX_PATH:
+        raise FormatError(f"{directory}: an expert's path has {len(path)} characters; expected at most {_MAX_PATH}.")
     parts = Path(path).parts
-    for first in range(len(parts)):
-        inside = directory.joinpath(*parts[first:])
-        # PEFT's own folders in a checkpoint are called 0, 1, ... and hold no adapters.
-        plausible = parts[first] not in (os.sep, "..") and not (first == len(parts) - 1 and parts[first].isdigit())
-        if plausible and (inside / CONFIG_FILE).is_file():
-            return str(inside)
-    if Path(path).is_dir():
-        return path
+    # Of `..` and the root nothing can stand in the checkpoint: only the parts after the last of them are looked for.
+    start = 1 + max((i for i, part in enumerate(parts) if part in (os.sep, "..")), default=-1)
+    try:
+        for first in range(start, len(parts)):
+            inside = directory.joinpath(*parts[first:])
+            # PEFT's own folders in a checkpoint are called 0, 1, ... and hold no adapters.
+            plausible = not (first == len(parts) - 1 and parts[first].isdigit())
+            if plausible and (inside / CONFIG_FILE).is_file():
+                return str(inside)
+        if Path(path).is_dir():
+            return path
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{directory}: the expert's path {brief(path)} can't be looked up ({error}).") from error
     return path if is_hub_id(path) else None
 
 
 def _original_expert(directory: Path, name: str, path: object) -> str | None:
-    if name != Path(name).name or name == "..":
+    if name != Path(name).name or name == ".." or len(os.fsencode(name)) > _MAX_NAME:
         raise FormatError(f"{directory}: the expert {name!r} is no folder's name.")
     if (directory / name / CONFIG_FILE).is_file():
         return str(directory / name)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from interop.experts import fit_adapters
 from interop.families import ADAPTABLE
 from interop.files import file_in, read_json
 from interop.heads import Head
-from interop.hub import resolve
+from interop.hub import resolve, weights_file
 from interop.lora import CONFIG_FILE, LoraAdapter, load_lora
 from interop.model import experts_of, open_xlora
 from interop.tensors import open_tensors
@@ -71,8 +70,7 @@ def inspect_path(dir_or_id: str | os.PathLike[str], base: str | None = None) -> 
 
 
 def _look(found: Inspection, base: str | None) -> None:
-    weights = Path(found.path).expanduser()
-    if weights.suffix == ".safetensors" and weights.is_file():
+    if weights_file(found.path) is not None:
         found.kind = "LoRA adapter"
         _look_at_adapter(found, base)
         return

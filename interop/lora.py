@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from interop.atomic import replacing
 from interop.errors import FormatError, brief, listed
 from interop.files import file_in, read_json, write_json
-from interop.hub import resolve
+from interop.hub import resolve, weights_file
 from interop.patterns import check_patterns, first_match
 from interop.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
 
@@ -514,20 +514,20 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
         FormatError: what is there is broken, incomplete, or an option that no expert can have. The message names the
             adapter, the tensor or option, and the remedy.
     """
-    weights = Path(dir_or_id).expanduser()
-    flat = weights.suffix == ".safetensors" and weights.is_file()
+    weights = weights_file(dir_or_id)
     files = (CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors")
-    directory = weights.parent if flat else resolve(dir_or_id, files=files, **hub_options)
+    directory = weights.parent if weights else resolve(dir_or_id, files=files, **hub_options)
     if name is None:
-        name = weights.stem if flat else Path(hub_options.get("subfolder") or weights.absolute()).name
+        place = Path(dir_or_id).expanduser().absolute()
+        name = weights.stem if weights else Path(hub_options.get("subfolder") or place).name
     where = f"adapter {name!r} ({directory})"
-    config_file = weights.with_suffix(".json").name if flat else CONFIG_FILE
+    config_file = weights.with_suffix(".json").name if weights else CONFIG_FILE
     config_path = file_in(directory, config_file)
     if config_path is None:
         raise FileNotFoundError(f"{where}: no {config_file}; expected the directory of a PEFT LoRA adapter.")
     config = read_json(config_path, _MAX_CONFIG_BYTES)
     settings = _read_settings(config, where)
-    tensors = open_file(weights) if flat else open_tensors(directory, WEIGHTS_STEM)
+    tensors = open_file(weights) if weights else open_tensors(directory, WEIGHTS_STEM)
     head, tensors = _split_head(tensors, settings.heads, where)
     modules = _by_module(tensors, where)
     _check_patterns(settings, modules, where)

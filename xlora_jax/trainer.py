@@ -31,6 +31,7 @@ from xlora_jax.metrics import MetricsWriter, peak_memory
 from xlora_jax.model import XLoraModel
 from xlora_jax.optimizers import make_optimizer, make_schedule
 from xlora_jax.regularizers import Regularizers
+from xlora_jax.run_lock import run_lock
 from xlora_jax.scaling_cache import ScalingCache, fingerprint
 from xlora_jax.sharding import make_mesh, put_batch, shard_params, state_shardings
 from xlora_jax.training import (
@@ -236,10 +237,13 @@ def train(
     Raises:
         NonFiniteError: ``max_bad_steps`` steps in a row were not finite; the last batch lies in ``output``.
         CheckpointError: a checkpoint can't be written or read.
+        RunLockedError: another process is training into ``output``.
         ValueError: settings that do not go together.
     """
-    run = _Run(model, rows, config, optimizer, mesh_of(config) if mesh is None else mesh, cache_directory, output)
     with ExitStack() as stack:
+        if output is not None and jax.process_index() == 0:
+            stack.enter_context(run_lock(output))
+        run = _Run(model, rows, config, optimizer, mesh_of(config) if mesh is None else mesh, cache_directory, output)
         loader = run.loader(rows)
         started = 0
         checkpoints = None

@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from xlora_jax.cli.pairs import named
+from xlora_jax.cli.terminal import say
 
 __all__ = ["command"]
 
@@ -110,19 +111,19 @@ def command(
         if stream or (stream is None and rows == 1):
             text = TextStream(decode, stops)
             for (tokens,) in model.stream(ids, mask, config=config):
-                typer.echo(text.push(tokens), nl=False)
-            typer.echo(text.close())
+                say(text.push(tokens), nl=False)
+            say(text.close())
         else:
             out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
             for row, tokens in enumerate(out.tolist()):
                 if rows > 1:
-                    typer.secho(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
+                    say(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
                 written = decode(_before_end(tokens, config.eos))
-                typer.echo(written if stops is None else stops.cut(written))
+                say(written if stops is None else stops.cut(written))
         if stats:
-            typer.secho(_describe(model.get_generation_stats()), dim=True, err=True)
+            say(_describe(model.get_generation_stats()), dim=True, err=True)
     except (FormatError, NotImplementedError, ValueError, OSError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        say(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 
 
