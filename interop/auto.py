@@ -16,7 +16,7 @@ from interop.errors import FormatError, brief, listed
 from interop.files import file_in, read_json
 from interop.hub import resolve
 
-__all__ = ["load_hf_config", "load_tokenizer", "render_chat"]
+__all__ = ["encode_text", "load_hf_config", "load_tokenizer", "render_chat"]
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -70,6 +70,21 @@ def load_tokenizer(base: str | Path, **hub_options: Any) -> Any:
         raise _explained(directory, files, config, error) from error
     _check_templates(tokenizer, directory)
     return tokenizer
+
+
+def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Encode a text to token ids.
+
+    Raises:
+        FormatError: the tokenizer fails on it; the message names the tokenizer's directory.
+    """
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    except Exception as error:  # the tokenizers library has no class of errors
+        raise FormatError(
+            f"{getattr(tokenizer, 'name_or_path', '')}: the tokenizer fails on the text {brief(text)} "
+            f"({brief(str(error), 300)}); is its vocabulary whole? Download or save it again."
+        ) from error
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:

@@ -28,6 +28,9 @@ from xlora_jax.training import TrainState
 __all__ = ["CheckpointError", "Checkpoints"]
 
 
+_METADATA = "_CHECKPOINT_METADATA"
+
+
 class CheckpointError(OSError):
     """A checkpoint that can't be written or read; the message says which, why, and what is left."""
 
@@ -60,7 +63,17 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except Exception as error:
+            self._set_metadata_aside(error)
+            try:
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except Exception as again:
+                raise CheckpointError(
+                    f"{self.directory}: these checkpoints can't be opened ({type(again).__name__}: {again}). Remove "
+                    f"the directory to start anew, or give another output directory."
+                ) from again
 
     def __enter__(self) -> Checkpoints:
         """Return itself."""
@@ -209,6 +222,20 @@ class Checkpoints:
             rng=jax.random.wrap_key_data(leaves["rng"], impl=jax.random.key_impl(like.rng)),
         )
         return state, dict(described["data"])
+
+    def _set_metadata_aside(self, error: Exception) -> None:
+        """Rename orbax's descriptions of checkpoints: it reads all of them at once, and can do without."""
+        found = sorted(self.directory.glob(f"[0-9]*/{_METADATA}"))
+        if jax.process_index() == 0:
+            for path in found:
+                os.rename(path, path.with_name(f"damaged{_METADATA}"))
+        _all_agree(True)
+        warnings.warn(
+            f"{self.directory}: a damaged {_METADATA} ({type(error).__name__}: {error}); those of {len(found)} "
+            f"checkpoints were renamed to damaged{_METADATA}, and the checkpoints are read without.",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def _set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost."""

@@ -137,7 +137,7 @@ class ScalingCache:
             row = _parsed(path, key, self._dtype)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # whatever NumPy's parser of headers raises
             self._warn(f"{path}: a damaged entry ({error})")
             del self._names[key]
             with suppress(OSError):

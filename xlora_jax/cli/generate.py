@@ -153,9 +153,9 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | N
     """Token ids and mask, int32 ``[B, T]``, padded on the left."""
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
-    if chat:
-        from interop.auto import render_chat
+    from interop.auto import encode_text, render_chat
 
+    if chat:
         if not tokenizer.chat_template:
             raise ValueError("--chat: this model's tokenizer has no chat template")
         before = [] if system is None else [{"role": "system", "content": system}]
@@ -164,7 +164,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | N
             for text in texts
         ]
     # A template writes the special tokens itself.
-    encoded = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+    encoded = [encode_text(tokenizer, text, add_special_tokens=not chat) for text in texts]
     width = max(map(len, encoded))
     ids, mask = np.zeros((2, len(encoded), width), np.int32)
     for row, tokens in enumerate(encoded):
