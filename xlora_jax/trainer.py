@@ -614,7 +614,8 @@ def _read_settings(path: Path) -> TrainConfig:
         return TrainConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected the settings of a run ({str(error)[:500]}); restore the file, or give another output directory"
+            f"{path}: expected the settings of a run ({str(error)[:500]}); restore the file, or give another "
+            f"output directory"
         ) from error
 
 
