@@ -19,7 +19,7 @@ XLA_FLAGS ?= --xla_backend_optimization_level=0
 # NPROC is what XLA's CPU client takes for the number of cores, the others are for torch and numpy.
 TEST_ENV := XLA_FLAGS="$(XLA_FLAGS)" NPROC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-# Time for each target of the fuzzing tests: `make fuzz` takes an hour each, continuous integration a minute.
+# Time for each target of the fuzzing tests: `make fuzz` takes an hour each, continuous integration 20 s.
 FUZZ_SECONDS ?= 3600
 
 .PHONY: help venv test quick lint format demo fuzz clean
