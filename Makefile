@@ -19,7 +19,10 @@ XLA_FLAGS ?= --xla_backend_optimization_level=0
 # NPROC is what XLA's CPU client takes for the number of cores, the others are for torch and numpy.
 TEST_ENV := XLA_FLAGS="$(XLA_FLAGS)" NPROC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help venv test quick lint format demo clean
+# Time for each target of the fuzzing tests: `make fuzz` takes an hour each, continuous integration 20 s.
+FUZZ_SECONDS ?= 3600
+
+.PHONY: help venv test quick lint format demo fuzz clean
 
 help:
 	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
@@ -27,6 +30,7 @@ help:
 	@echo "make quick   the tests that are not marked slow"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's formatter and its safe fixes"
+	@echo "make fuzz    read damaged files for FUZZ_SECONDS=$(FUZZ_SECONDS) per kind of file (FUZZ_TARGETS=... chooses)"
 	@echo "make demo    examples/quickstart.py: train, mix, generate, export, check against PEFT"
 
 venv: $(INSTALLED)
@@ -57,6 +61,9 @@ format: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
+
+fuzz: $(INSTALLED)
+	$(TEST_ENV) FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m tests.fuzz.run $(FUZZ_TARGETS)
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     model = load_xlora(options.base, checkpoint=options.checkpoint, dtype=options.dtype, scan_layers=False)
     alone = BaseModel(model.module, model.params["base"])
     print(f"{options.checkpoint}: jax {jax.__version__}, {jax.devices()[0].device_kind}, {options.new} new tokens\n")

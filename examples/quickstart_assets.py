@@ -279,7 +279,7 @@ def _make_models(directory: Path, console: Console) -> None:
 
     with np.load(directory / "rows.npz") as stored:
         rows = {domain: stored[f"train/{domain}"] for domain in DOMAINS}
-    tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "base", trust_remote_code=False)
     torch.manual_seed(0)
     with progress_bar(console) as progress:
         base = LlamaForCausalLM(

@@ -34,7 +34,7 @@ for part, tree in model.params.items():
 print(f"{len(model.layer_names)} adapted layers, from {model.layer_names[0]} to {model.layer_names[-1]}")
 
 # %% One call is both passes: base model, classifier, base model with the experts so mixed.
-tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+tokenizer = AutoTokenizer.from_pretrained(arguments.base, trust_remote_code=False)
 rows = {
     name: lay_out(encode_records(read_records(path), codec_of(tokenizer)), length=64) for name, path in texts.items()
 }

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from interop.peft.config import ADAPTER_CONFIG_FILE
 from interop.peft.heads import head_of
 from interop.storage.errors import FormatError, listed
 from interop.storage.files import file_in, read_json
-from interop.storage.hub import resolve
+from interop.storage.hub import resolve, weights_file
 from interop.storage.tensors import open_tensors
 from xlora_jax.trees import flatten
 
@@ -74,8 +73,7 @@ def inspect_path(dir_or_id: str | os.PathLike[str], base: str | None = None) -> 
 
 
 def _look(found: Inspection, base: str | None) -> None:
-    weights = Path(found.path).expanduser()
-    if weights.suffix == ".safetensors" and weights.is_file():
+    if weights_file(found.path) is not None:
         found.kind = "LoRA adapter"
         _look_at_adapter(found, base)
         return

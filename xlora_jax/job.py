@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +11,8 @@ from typing import Any
 
 import jax
 
-from xlora_jax import XLoraConfig
+from xlora_jax.atomic import replace_json
+from xlora_jax.config import XLoraConfig
 from xlora_jax.training.config import TrainConfig
 from xlora_jax.training.data import Rows, encode_records, lay_out, read_records
 from xlora_jax.training.trainer import TrainResult, mesh_of, train
@@ -109,17 +108,15 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
     )
     if result.finished and jax.process_index() == 0:
         save_xlora(result.model, output / "model", layout=job.layout)
-        _write_json(output / "job.json", _describe(job))
+        replace_json(output / "job.json", _describe(job))
     return result
 
 
 def _config_for(job: Job) -> XLoraConfig:
-    from transformers import AutoConfig
+    from interop.hf.base import open_base
 
-    from interop.storage.hub import resolve
-
-    text = AutoConfig.from_pretrained(resolve(job.base)).get_text_config()
-    return XLoraConfig(hidden_size=text.hidden_size, adapters=dict(job.adapters), **job.xlora)
+    width = open_base(job.base).module.config.hidden_size
+    return XLoraConfig(hidden_size=width, adapters=dict(job.adapters), **job.xlora)
 
 
 def _describe(job: Job) -> dict[str, Any]:
@@ -129,9 +126,3 @@ def _describe(job: Job) -> dict[str, Any]:
         name: str(s) if isinstance(s, str | Path) else "records" for name, s in job.eval_data.items()
     }
     return values
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -1,8 +1,14 @@
-"""The model card, README.md, of an exported X-LoRA checkpoint."""
+"""The model card, README.md, of an exported X-LoRA checkpoint.
+
+Names and paths come from anyone's files. They are written as text of Markdown, as literals of Python or as words of a
+shell, never as they are: nothing in them can become markup, a link, an element of HTML, or a command.
+"""
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -105,11 +111,13 @@ def model_card(
         task_type: PEFT's.
         labels: classes of a head that is in the checkpoint, not in the base; None for none.
     """
-    base = json.dumps(base_model)
+    base = _literal(base_model)
     front = ["library_name: peft", "tags: [lora, x-lora, mixture-of-experts]"]
     if is_hub_id(base_model):
-        front.insert(0, f"base_model: {base_model}")
-    folders = json.dumps({adapter.name: f"DIR/{adapter.name}" for adapter in adapters})
+        # Without an owner it could be a number or null in YAML.
+        front.insert(0, f"base_model: {base_model if '/' in base_model else json.dumps(base_model)}")
+    pairs = (f"{_literal(adapter.name)}: {_literal(f'DIR/{adapter.name}')}" for adapter in adapters)
+    folders = "{" + ", ".join(pairs) + "}"
     loading = {
         "peft": (
             "PEFT",
@@ -120,7 +128,7 @@ def model_card(
             ),
         ),
         "xlora": ("the original xlora package", _XLORA.format(adapters=folders)),
-        "mistralrs": ("mistral.rs", _MISTRALRS.format(base=base)),
+        "mistralrs": ("mistral.rs", _MISTRALRS.format(base=_shell_word(base_model))),
     }
     settings = {name: value for name, value in config.to_dict().items() if name != "adapters"}
     lines = [
@@ -130,8 +138,8 @@ def model_card(
         "",
         "# X-LoRA checkpoint",
         "",
-        f"A mixture of {len(adapters)} LoRA experts on {base_model}, in {_LAYOUTS[layout]}. For every token a small "
-        "classifier",
+        f"A mixture of {len(adapters)} LoRA experts on {_as_text(base_model)}, in {_LAYOUTS[layout]}. For every token "
+        "a small classifier",
         f"weighs the experts in {layer_count} adapted layers ([X-LoRA](https://arxiv.org/abs/2402.07148)). Written by "
         "xlora-jax.",
         "",
@@ -159,7 +167,7 @@ def model_card(
         lines += [
             f"### {title}",
             "",
-            text if kind == layout else _ELSEWHERE.format(base=shlex.quote(base_model), layout=kind),
+            text if kind == layout else _ELSEWHERE.format(base=_shell_word(base_model), layout=kind),
         ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -173,4 +181,36 @@ def _row(number: int, adapter: LoraAdapter) -> str:
         str(len(adapter.layers)),
         str(adapter.base_model_name_or_path),
     )
-    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(map(_as_text, cells)) + " |"
+
+
+_MARKUP = re.compile(r"[\\`*\[\]()|~#!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def _as_text(text: str) -> str:
+    """The text in Markdown: it looks as it is, in a table too."""
+    shown = html.escape(re.sub(_MARKUP, r"\\\g<0>", _printable(text, r"\x{:02x}", r"\u{:04x}")), quote=False)
+    return shown.replace("://", "&#58;//").replace("www.", "www&#46;")  # which GitHub makes links of
+
+
+def _literal(text: str) -> str:
+    """The text as a string of Python."""
+    return _printable(json.dumps(text, ensure_ascii=False), r"\x{:02x}", r"\u{:04x}", r"\U{:08x}")
+
+
+def _shell_word(text: str) -> str:
+    """The text as one word of bash and zsh, on one line."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + _printable(escaped, r"\x{:02x}", r"\u{:04x}", r"\U{:08x}") + "'"
+
+
+def _printable(text: str, byte: str, short: str, long: str = r"\U{:08x}") -> str:
+    """The text with a number in place of every character that doesn't print: controls, line ends, overrides."""
+
+    def number(character: str) -> str:
+        code = ord(character)
+        return (byte if code < 0x80 else short if code < 0x10000 else long).format(code)
+
+    return "".join(c if c.isprintable() else number(c) for c in text)

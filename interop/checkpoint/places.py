@@ -8,9 +8,12 @@ from pathlib import Path
 
 from interop.checkpoint.layouts import XLORA_CONFIG_FILE
 from interop.peft.config import ADAPTER_CONFIG_FILE
-from interop.storage.errors import FormatError, listed
+from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import is_hub_id
+
+_MAX_PATH = 4096
+_MAX_NAME = 200
 
 
 def find_expert(directory: Path, path: str) -> str | None:
@@ -19,21 +22,29 @@ def find_expert(directory: Path, path: str) -> str | None:
     That is the folder of the checkpoint that the path ends in (the directory may have moved, its experts with it), else
     the path itself if there is a directory, else a hub id.
     """
+    # No file system takes longer paths; a name that is too long, or holds a zero, is no directory's either.
+    if len(path) > _MAX_PATH:
+        raise FormatError(f"{directory}: an expert's path has {len(path)} characters; expected at most {_MAX_PATH}.")
     parts = Path(path).parts
-    for first in range(len(parts)):
-        inside = directory.joinpath(*parts[first:])
-        # PEFT's own folders in a checkpoint are called 0, 1, ... and hold no adapters.
-        plausible = parts[first] not in (os.sep, "..") and not (first == len(parts) - 1 and parts[first].isdigit())
-        if plausible and (inside / ADAPTER_CONFIG_FILE).is_file():
-            return str(inside)
-    if Path(path).is_dir():
-        return path
+    # Nothing named `..` or the root is inside the checkpoint: only the parts after the last of them are looked for.
+    start = 1 + max((i for i, part in enumerate(parts) if part in (os.sep, "..")), default=-1)
+    try:
+        for first in range(start, len(parts)):
+            inside = directory.joinpath(*parts[first:])
+            # PEFT's own folders in a checkpoint are called 0, 1, ... and hold no adapters.
+            plausible = not (first == len(parts) - 1 and parts[first].isdigit())
+            if plausible and (inside / ADAPTER_CONFIG_FILE).is_file():
+                return str(inside)
+        if Path(path).is_dir():
+            return path
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{directory}: the expert's path {brief(path)} can't be looked up ({error}).") from error
     return path if is_hub_id(path) else None
 
 
 def find_original_expert(directory: Path, name: str, path: object) -> str | None:
     """Find an expert of the original layout or of mistral.rs's; None where it is not to be found."""
-    if name != Path(name).name or name == "..":
+    if name != Path(name).name or name == ".." or len(os.fsencode(name)) > _MAX_NAME:
         raise FormatError(f"{directory}: the expert {name!r} is no folder's name.")
     if (directory / name / ADAPTER_CONFIG_FILE).is_file():
         return str(directory / name)
@@ -74,6 +85,4 @@ def repoint(directory: str | os.PathLike[str]) -> None:
     content["adapters"] = {
         name: str(Path(place).resolve()) if Path(place).is_dir() else place for name, place in found.items() if place
     }
-    partial = path.with_name(f".{path.name}.partial")
-    write_json(partial, content)
-    os.replace(partial, path)
+    write_json(path, content)

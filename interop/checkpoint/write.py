@@ -41,6 +41,7 @@ from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, listed
 from interop.storage.files import write_json
 from interop.storage.tensors import write_safetensors
+from xlora_jax.atomic import replace_text
 from xlora_jax.config import XLoraConfig
 
 
@@ -96,7 +97,7 @@ def write_xlora(
         write_json(partial / ORDERING_FILE, ordering)
         labels = len(head[max(head)]) if head else None  # of RoBERTa's two layers the output's name is the later one
         card = model_card(layout, config, adapters, base_model, len(layer_names), task_type, labels)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        replace_text(partial / CARD_FILE, card)
         if layout == "peft":
             _write_peft(partial, target, config, classifier, adapters, base_model, task_type, extras or {}, head or {})
         elif layout == "xlora":

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from interop.hf.auto import load_hf_config
 from interop.hf.families.fields import declared_fields
 from interop.hf.families.registry import family_of
 from interop.hf.families.table import Family
@@ -60,7 +61,7 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
             names file and field, what was expected and what was found.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     content = read_json(path)
     family = family_of(content.get("model_type"), str(path))
@@ -92,7 +93,7 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
                 f"{path}: field {name!r}: expected one of {', '.join(_DTYPES)}, got {brief(content[name])}."
             )
     try:
-        return family, AutoConfig.from_pretrained(path.parent).to_dict()
+        return family, load_hf_config(path.parent).to_dict()
     except (
         StrictDataclassError,
         ArithmeticError,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interop.storage.hub import resolve
+from interop.hf.auto import encode_text, load_tokenizer, render_chat
 from xlora_jax.training.data import Codec
 
 __all__ = ["codec_of", "load_codec"]
@@ -14,9 +14,7 @@ __all__ = ["codec_of", "load_codec"]
 
 def load_codec(base: str | Path, **hub_options: Any) -> Codec:
     """Load the tokenizer of an HF model directory or hub id; options as those of :func:`interop.load_base`."""
-    from transformers import AutoTokenizer
-
-    return codec_of(AutoTokenizer.from_pretrained(resolve(base, **hub_options)))
+    return codec_of(load_tokenizer(base, **hub_options))
 
 
 def codec_of(tokenizer: Any) -> Codec:
@@ -26,14 +24,14 @@ def codec_of(tokenizer: Any) -> Codec:
     """
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(tokenizer, text, add_special_tokens=False)
 
     def chat(messages: Sequence[Mapping[str, str]], answer_follows: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows)
+        text = render_chat(tokenizer, messages, add_generation_prompt=answer_follows)
         # The template writes the special tokens itself.
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(tokenizer, text, add_special_tokens=False)
 
     bos = tokenizer.bos_token_id
-    begins = bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
+    begins = bos is not None and encode_text(tokenizer, "a", add_special_tokens=True)[:1] == [bos]
     template = getattr(tokenizer, "chat_template", None)
     return Codec(encode, bos if begins else None, tokenizer.eos_token_id, chat if template else None)

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from interop.peft.config import ADAPTER_CONFIG_FILE, HEADS, PLAIN, AdapterSettings, check_patterns, read_settings
+from interop.peft.config import ADAPTER_CONFIG_FILE, HEADS, PLAIN, AdapterSettings, read_settings
 from interop.peft.formats import format_of_files, format_of_keys
+from interop.peft.patterns import check_patterns
 from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
-from interop.storage.hub import resolve
+from interop.storage.hub import resolve, weights_file
 from interop.storage.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
 
 Kind = Literal["linear", "embedding", "conv"]
@@ -312,14 +313,14 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
         FormatError: what is there is broken, incomplete, or an option that no expert can have. The message names the
             adapter, the tensor or option, and the remedy.
     """
-    weights = Path(dir_or_id).expanduser()
-    flat = weights.suffix == ".safetensors" and weights.is_file()
+    weights = weights_file(dir_or_id)
     files = (ADAPTER_CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors")
-    directory = weights.parent if flat else resolve(dir_or_id, files=files, **hub_options)
+    directory = weights.parent if weights else resolve(dir_or_id, files=files, **hub_options)
     if name is None:
-        name = weights.stem if flat else Path(hub_options.get("subfolder") or weights.absolute()).name
+        place = Path(dir_or_id).expanduser().absolute()
+        name = weights.stem if weights else Path(hub_options.get("subfolder") or place).name
     where = f"adapter {name!r} ({directory})"
-    config_file = weights.with_suffix(".json").name if flat else ADAPTER_CONFIG_FILE
+    config_file = weights.with_suffix(".json").name if weights else ADAPTER_CONFIG_FILE
     config_path = file_in(directory, config_file)
     if config_path is None:
         raise FileNotFoundError(
@@ -327,11 +328,12 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
         )
     config = read_json(config_path, _MAX_CONFIG_BYTES)
     settings = read_settings(config, where)
-    tensors = open_file(weights) if flat else open_tensors(directory, WEIGHTS_STEM)
+    tensors = open_file(weights) if weights else open_tensors(directory, WEIGHTS_STEM)
     not_saved = _not_saved(settings, tensors, where)
     head, tensors = _split_head(tensors, settings.heads, where)
     modules, base_weights = _by_module(tensors, where)
-    check_patterns(settings, modules, where)
+    check_patterns(settings.rank_pattern, modules, where, "rank_pattern")
+    check_patterns(settings.alpha_pattern, modules, where, "alpha_pattern")
     layers = {path: _read_layer(path, parts, settings, where) for path, parts in modules.items()}
     embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
     if settings.tied and embeddings:

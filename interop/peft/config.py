@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from interop.peft.formats import format_of_config
+from interop.peft.patterns import first_match
 from interop.storage.errors import FormatError, brief
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -122,23 +122,13 @@ class AdapterSettings:
 
     def of(self, path: str) -> tuple[int, float]:
         """Rank and alpha of the module at `path`."""
-        rank = self.rank_pattern.get(_pattern_for(self.rank_pattern, path), self.r)
-        alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, path), self.alpha)
+        rank = self.rank_pattern.get(first_match(self.rank_pattern, path), self.r)
+        alpha = self.alpha_pattern.get(first_match(self.alpha_pattern, path), self.alpha)
         return rank, alpha
 
     def scale(self, r: int, alpha: float) -> float:
         """Return the factor of the contribution: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-
-def _pattern_for(patterns: Iterable[str], path: str) -> str:
-    """The first pattern that is a regular expression of the path or of its end after a dot, as PEFT 0.21 matches."""
-    return next((pattern for pattern in patterns if _compiled(pattern).match(path)), path)
-
-
-@lru_cache(2**15)  # re's own cache holds 512, fewer than large adapters have
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
@@ -263,6 +253,9 @@ def _read_bool(config: Mapping[str, Any], name: str, where: str) -> bool:
     return value
 
 
+_MAX_PATTERNS = 10_000
+
+
 def _read_pattern(
     config: Mapping[str, Any], name: str, where: str, holds: Callable[[Any], bool], expected: str
 ) -> dict[str, Any]:
@@ -274,62 +267,3 @@ def _read_pattern(
     for pattern, value in patterns.items():
         _checked(where, f"{name}[{brief(pattern)}]", value, holds, expected)
     return patterns
-
-
-# Matching is by backtracking, and the patterns of an adapter from anywhere must not take for ever. In steps of some
-# 10 ns: with 100 million, patterns that list each of 1000 modules pass.
-_MAX_MATCHING_STEPS = 100_000_000
-_COMPILING_STEPS = 10_000
-_MAX_PATTERNS = 10_000
-
-
-def check_patterns(settings: AdapterSettings, paths: Collection[str], where: str) -> None:
-    """Raises FormatError for patterns that are no regular expressions, or whose matching could take long."""
-    longest = max(map(len, paths))
-    for name, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
-        steps = 0.0
-        for pattern in patterns:
-            repeats = _repeats(pattern)
-            if repeats is None:
-                raise FormatError(
-                    f"{where}: {name} holds {brief(pattern)}, whose repeated group has choices in it: matching it "
-                    f"could take for ever. Write it without, or list the modules by name."
-                )
-            backtracking = 2 * longest**repeats / math.factorial(repeats) if repeats else 0
-            steps += _COMPILING_STEPS + len(paths) * (16 + len(pattern) + backtracking)
-        if steps > _MAX_MATCHING_STEPS:
-            raise FormatError(
-                f"{where}: {name} has {len(patterns)} entries for {len(paths)} stored modules; matching them would "
-                f"take too long. Remove entries that match no stored module, or use fewer '.*'."
-            )
-        for pattern in patterns:
-            try:
-                _compiled(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise FormatError(
-                    f"{where}: {name} holds {brief(pattern)}: no regular expression ({error})."
-                ) from error
-
-
-def _repeats(pattern: str) -> int | None:
-    """How many parts of a regular expression may repeat; None if a repeated group holds a repetition or a choice.
-
-    With that None excluded, matching a text of n characters takes at most about n**repeats / repeats! steps.
-    """
-    tokens = re.findall(r"\\.|\[\^?\]?[^\]]*\]|\(\?[:=!]|[*+?{][?+]?|.", pattern, re.DOTALL)
-    repeats, open_groups, closed = 0, [False], False
-    for token in tokens:
-        if token[0] == "(":
-            open_groups.append(False)
-        elif token == "|":
-            open_groups[-1] = True
-        elif token[0] in "*+?{" and len(token) <= 2:
-            if closed and token[0] != "?":
-                return None
-            repeats += 1
-            open_groups[-1] = True
-        closed = False
-        if token == ")" and len(open_groups) > 1:
-            closed = open_groups.pop()
-            open_groups[-1] |= closed
-    return repeats

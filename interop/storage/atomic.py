@@ -21,6 +21,10 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from xlora_jax.atomic import flush_entry
+
+__all__ = ["replacing"]
+
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -47,7 +51,7 @@ def replacing(directory: str | os.PathLike[str], *, owned: Sequence[str]) -> Ite
         _flush(partial)
         _check_replaceable(target, owned)
         _put_in_place(partial, target)
-        _flush_entry(target.parent)
+        flush_entry(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what failed, or the old one after an exchange
 
@@ -102,13 +106,5 @@ def _exchange(first: Path, second: Path) -> bool:
 def _flush(directory: Path) -> None:
     for folder, _, files in os.walk(directory):
         for name in files:
-            _flush_entry(Path(folder, name))
-        _flush_entry(Path(folder))
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            flush_entry(Path(folder, name))
+        flush_entry(Path(folder))

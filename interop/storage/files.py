@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from interop.storage.errors import FormatError
+from interop.storage.errors import FormatError, brief
+from xlora_jax.atomic import replace_json
 
 # Larger than any real one (an index of 100,000 tensors has 10 MB), small enough to be parsed in about a second.
 _MAX_JSON_BYTES = 32 * 2**20
@@ -27,8 +28,11 @@ def file_in(directory: Path, name: str) -> Path | None:
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise FormatError(f"{directory}: {name!r} points outside the directory; expected a plain file name.")
     path = directory / name
-    if not path.is_symlink() and not path.exists():
-        return None
+    try:
+        if not path.is_symlink() and not path.exists():
+            return None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{directory}: {brief(name)} is no name of a file ({error}).") from error
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -75,7 +79,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes an object as JSON, indented, in the order of its keys."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    replace_json(path, value, ensure_ascii=False, allow_nan=False)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from interop.storage.errors import FormatError
+from interop.storage.errors import FormatError, brief
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 
@@ -15,6 +15,15 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form of a repository's id, `name` or `org/name`."""
     return _HUB_ID.fullmatch(text) is not None
+
+
+def weights_file(path: str | os.PathLike[str]) -> Path | None:
+    """The path itself if it is a `.safetensors` file, as mistral.rs stores an expert; else None."""
+    try:
+        weights = Path(path).expanduser()
+        return weights if weights.suffix == ".safetensors" and weights.is_file() else None
+    except (OSError, RuntimeError):  # no path that can be looked up: `resolve` says why
+        return None
 
 
 def resolve(
@@ -53,10 +62,14 @@ def resolve(
         parts = PurePosixPath(subfolder).parts
         if not parts or subfolder.startswith("/") or ".." in parts or "\\" in subfolder:
             raise FormatError(f"subfolder {subfolder!r}: expected a relative path within {dir_or_id}.")
-    path = Path(dir_or_id).expanduser()
-    if path.is_file():
+    try:
+        path = Path(dir_or_id).expanduser()
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, an unknown user, a link to itself
+        raise FileNotFoundError(f"{brief(os.fspath(dir_or_id))}: no such directory ({error}).") from error
+    if is_file:
         raise NotADirectoryError(f"{path}: a file; pass the directory that it is in.")
-    if path.is_dir():
+    if is_directory:
         root = path
     else:
         text = os.fspath(dir_or_id)

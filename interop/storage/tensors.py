@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, parse_json, read_json
+from interop.storage.pickles import check_claims
+from xlora_jax.atomic import replacing_file
 
 # safetensors' names of the element types, https://github.com/huggingface/safetensors#format
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -218,6 +219,11 @@ def _safetensors_loader(
     return load
 
 
+# Tied weights share a storage, and each is read as an array of its own: an embedding, an output head, a decoder's copy.
+_MAX_SHARING = 4
+_FREE_BYTES = 64 * 2**20
+
+
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a `.bin` or `.pt` file, through torch's weights-only loader: nothing in it can run.
 
@@ -234,22 +240,30 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         ) from error
     try:
         # Only the zip container can be mapped into memory; torch before 1.6 wrote another.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=check_claims(path))
     except Exception as error:  # whatever a broken or hostile pickle makes the loader raise
         raise FormatError(
-            f"{path}: refused by torch's weights-only loader, as broken or because it wants to run code; ask for a "
-            f"safetensors file ({brief(str(error))})."
+            f"{path}: refused by torch's weights-only loader or the check of sizes before it, as broken or because it "
+            f"wants to run code; ask for a safetensors file ({brief(str(error), 400)})."
         ) from error
-    if not isinstance(state, Mapping):
+    if not isinstance(state, dict):
         raise FormatError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}.")
     tensors = {}
-    for name, tensor in state.items():
+    total = 0
+    for name, tensor in dict.items(state):  # a file can give a dictionary attributes, such as another `items`
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise FormatError(f"{path}: {brief(name)} should name a tensor, got {type(tensor).__name__}.")
         dtype = _DTYPES.get(_TORCH_DTYPES.get(str(tensor.dtype), ""))
         if dtype is None or tensor.layout != torch.strided or tensor.is_quantized:
             raise FormatError(f"{path}: {name!r} is a tensor of {tensor.dtype}, {tensor.layout}: not supported.")
         tensors[name] = LazyTensor(name, path, dtype, tuple(tensor.shape), _torch_loader(tensor, dtype))
+        total += tensor.numel() * dtype.itemsize
+    most = max(_MAX_SHARING * path.stat().st_size, _FREE_BYTES)
+    if total > most:
+        raise FormatError(
+            f"{path}: its tensors share storages so often that they have {total} bytes together; expected at most "
+            f"{most}. Save it without the copies."
+        )
     return tensors
 
 
@@ -323,7 +337,7 @@ def write_safetensors(
     The largest element types come first, so that every tensor is aligned, and equal ones by name.
 
     Args:
-        path: the file, overwritten; see `interop.storage.atomic` for replacing a directory as a whole.
+        path: the file, replaced; see `interop.storage.atomic` for replacing a directory as a whole.
         tensors: name to array, or to a lazy tensor that is read when its turn comes.
         metadata: strings; None means `{"format": "pt"}`, which transformers asks for.
     """
@@ -343,7 +357,7 @@ def write_safetensors(
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with replacing_file(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interop import FormatError, load_base, load_lora, load_xlora
+from interop import FormatError, load_base, load_lora, load_xlora, repoint
+from interop.checkpoint.read import read_xlora
+from interop.checkpoint.write import write_xlora
 from tests.helpers import reference
 from tests.helpers.pickles import RunsCode
 from tests.helpers.small_checkpoints import small_model
@@ -264,3 +266,49 @@ class TestCheckpoints:
         write_xlora(tmp_path / "x", layout="peft", **model)
         with pytest.raises(FormatError, match=r"(?s)48 -> 4.*48 -> 6|layer"):
             load_xlora(base("llama"), checkpoint=tmp_path / "x", adapters={"math": lora})
+
+
+class TestExpertPaths:
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        write_xlora(tmp_path / "x", layout="peft", **small_model(1, False, names=("0", "1")))
+        return tmp_path / "x"
+
+    @pytest.mark.parametrize(
+        "path",
+        ["../" * 8000 + "experts/0", "a/" * 20_000, "x" * 5000, "a/../" * 4000, "/" * 9000, "y" * 300, "~/" * 3000],
+    )
+    @pytest.mark.parametrize("call", [read_xlora, repoint])
+    def test_long_ones_are_refused_at_once(self, checkpoint, path, call):
+        file = checkpoint / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": {"0": path, "1": path}}))
+        started = time.process_time()
+        with pytest.raises(FormatError, match=str(checkpoint)):
+            call(checkpoint)
+        assert time.process_time() - started < 1
+
+    @pytest.mark.parametrize("path", ["../elsewhere/experts/0", "/old/place/experts/0", "../../x/../y/experts/0"])
+    def test_moved_ones_are_found(self, checkpoint, path):
+        file = checkpoint / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": {"0": path, "1": path}}))
+        assert set(read_xlora(checkpoint).adapters.values()) == {str(checkpoint / "experts/0")}
+
+    def test_a_planted_link_is_not_written_through(self, checkpoint, tmp_path):
+        victim = tmp_path / "victim"
+        victim.write_text("untouched")
+        (checkpoint / ".adapter_config.json.partial").symlink_to(victim)
+        repoint(checkpoint)
+        assert victim.read_text() == "untouched"
+        assert (checkpoint / ".adapter_config.json.partial").is_symlink()
+
+    def test_a_long_name_in_the_original_layout(self, tmp_path):
+        write_xlora(tmp_path / "x", layout="xlora", **small_model(1, False, names=("a", "b")))
+        file = tmp_path / "x/xlora_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": ["n" * 300, "b"]}))
+        with pytest.raises(FormatError, match="is no folder's name"):
+            read_xlora(tmp_path / "x")
+
+    @pytest.mark.parametrize("place", ["n" * 300, "~nobody-of-that-name/x", "a\0b", "n/" * 5000])
+    def test_a_directory_that_can_not_be(self, place):
+        with pytest.raises(FileNotFoundError, match="no such directory"):
+            load_lora(place)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from xlora_jax.cli.terminal import say
+
 __all__ = ["command"]
 
 
@@ -57,8 +59,8 @@ def command(
             model = open_xlora(base, dtype=dtype, checkpoint=checkpoint, adapters=adapters or None)
             save_xlora(model, output, layout=layout.value)
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"refused: {error}", err=True)
+        say(f"refused: {error}", err=True)
         raise typer.Exit(1) from None
     for warning in caught:
-        typer.echo(f"note: {warning.message}", err=True)
-    typer.echo(f"{output}: {len(model.expert_names)} experts, {', '.join(model.expert_names)}; see README.md there")
+        say(f"note: {warning.message}", err=True)
+    say(f"{output}: {len(model.expert_names)} experts, {', '.join(model.expert_names)}; see README.md there")

@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from xlora_jax.cli.pairs import named
+from xlora_jax.cli.terminal import say
 
 __all__ = ["command"]
 
@@ -63,16 +64,14 @@ def command(
     What is not given on the command line is as the model's generation_config.json has it.
     """
     # Imported here: `--help` answers at once.
-    from transformers import AutoTokenizer
-
     from interop import FormatError, load_base, load_xlora
+    from interop.hf.auto import load_tokenizer
     from interop.hf.generation_config import load_generation_config
-    from interop.storage.hub import resolve
     from xlora_jax.generation.text import StopStrings, TextStream
 
     try:
         texts = _read_prompts(prompt, prompts)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(base))
+        tokenizer = load_tokenizer(base)
 
         def decode(tokens: Sequence[int]) -> str:
             return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -112,19 +111,19 @@ def command(
         if stream or (stream is None and rows == 1):
             text = TextStream(decode, stops)
             for (tokens,) in model.stream(ids, mask, config=config):
-                typer.echo(text.push(tokens), nl=False)
-            typer.echo(text.close())
+                say(text.push(tokens), nl=False)
+            say(text.close())
         else:
             out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
             for row, tokens in enumerate(out.tolist()):
                 if rows > 1:
-                    typer.secho(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
+                    say(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
                 written = decode(_before_end(tokens, config.eos))
-                typer.echo(written if stops is None else stops.cut(written))
+                say(written if stops is None else stops.cut(written))
         if stats:
-            typer.secho(_describe(model.get_generation_stats()), dim=True, err=True)
+            say(_describe(model.get_generation_stats()), dim=True, err=True)
     except (FormatError, NotImplementedError, ValueError, OSError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        say(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 
 
@@ -154,18 +153,18 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | N
     """Token ids and mask, int32 ``[B, T]``, padded on the left."""
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
+    from interop.hf.auto import encode_text, render_chat
+
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("--chat: this model's tokenizer has no chat template")
         before = [] if system is None else [{"role": "system", "content": system}]
         texts = [
-            tokenizer.apply_chat_template(
-                [*before, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
+            render_chat(tokenizer, [*before, {"role": "user", "content": text}], add_generation_prompt=True)
             for text in texts
         ]
     # A template writes the special tokens itself.
-    encoded = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+    encoded = [encode_text(tokenizer, text, add_special_tokens=not chat) for text in texts]
     width = max(map(len, encoded))
     ids, mask = np.zeros((2, len(encoded), width), np.int32)
     for row, tokens in enumerate(encoded):

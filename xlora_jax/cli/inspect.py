@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from xlora_jax.cli.terminal import cell
+
 __all__ = ["command"]
 
 
@@ -27,7 +29,6 @@ def command(
     """
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from interop.inspection import inspect_path
 
@@ -38,7 +39,7 @@ def command(
     for path in paths:
         found = inspect_path(path, base)
         refused |= bool(found.refused)
-        table = Table(show_header=False, title=Text(path), title_justify="left")
+        table = Table(show_header=False, title=cell(path), title_justify="left")
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")
         rows = [("what it is", found.kind, "")]
@@ -46,7 +47,7 @@ def command(
         rows += [("note", note, "yellow") for note in found.notes]
         rows += [("refused", reason, "red") for reason in found.refused]
         for topic, text, style in rows:
-            table.add_row(Text(topic), Text(text, style=style))
+            table.add_row(cell(topic), cell(text, style))
         console.print(table)
     if refused:
         raise typer.Exit(1)

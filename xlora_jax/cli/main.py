@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from xlora_jax.cli import export, generate, inspect, report, train
+from xlora_jax.cli.terminal import show_warnings
 
 __all__ = ["app", "main"]
 
@@ -25,4 +26,5 @@ app.command("report")(report.command)
 
 def main() -> None:
     """Run the command line."""
+    show_warnings()
     app()

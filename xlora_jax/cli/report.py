@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from xlora_jax.atomic import replace_json, replacing_file
 from xlora_jax.cli.pairs import named
+from xlora_jax.cli.terminal import cell, say, visible
 
 __all__ = ["command"]
 
@@ -57,7 +58,7 @@ def command(
         if output is not None:
             _write(output, model, found)
     except (ValueError, TypeError, OSError) as error:
-        typer.echo(f"xlora-jax report: {error}", err=True)
+        say(f"xlora-jax report: {error}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -94,11 +95,11 @@ def _decided(routing: Any) -> Any:
 def _print(experts: Sequence[str], found: Mapping[str, Any]) -> None:
     table = Table(title="mean gate of each expert; losses in nats per token")
     for column in ("text", "tokens", "base", "X-LoRA", *experts, "decided"):
-        table.add_column(column, justify="left" if column == "text" else "right")
+        table.add_column(cell(column), justify="left" if column == "text" else "right")
     for name, routing in found.items():
         gates = routing.gates.mean(axis=0)
         table.add_row(
-            name,
+            cell(name),
             f"{int(routing.tokens):,}",
             f"{routing.base_loss:.3f}",
             f"{routing.loss:.3f}",
@@ -109,7 +110,7 @@ def _print(experts: Sequence[str], found: Mapping[str, Any]) -> None:
 
 
 def _write(output: Path, model: Any, found: Mapping[str, Any]) -> None:
-    """Write both files, each beside its place first."""
+    """Write both files."""
     experts = list(model.expert_names)
     layers = list(model.layer_names) if model.config.layerwise_scalings else ["all layers"]
     report = {
@@ -128,16 +129,13 @@ def _write(output: Path, model: Any, found: Mapping[str, Any]) -> None:
         },
     }
     output.mkdir(parents=True, exist_ok=True)
-    text = output / "report.json.partial"
-    text.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    text.replace(output / "report.json")
-    picture = output / "report.partial.png"
-    _draw(picture, experts, layers, found)
-    picture.replace(output / "report.png")
-    typer.echo(f"{output / 'report.json'} and {output / 'report.png'}")
+    replace_json(output / "report.json", report)
+    with replacing_file(output / "report.png") as file:
+        _draw(file, experts, layers, found)
+    say(f"{output / 'report.json'} and {output / 'report.png'}")
 
 
-def _draw(path: Path, experts: Sequence[str], layers: Sequence[str], found: Mapping[str, Any]) -> None:
+def _draw(file: IO[bytes], experts: Sequence[str], layers: Sequence[str], found: Mapping[str, Any]) -> None:
     """For each text the mean gate of each expert at each layer, from none (light) to all (dark)."""
     import matplotlib
 
@@ -156,8 +154,9 @@ def _draw(path: Path, experts: Sequence[str], layers: Sequence[str], found: Mapp
     )
     for panel, (name, routing) in zip(panels[0], found.items(), strict=True):
         image = panel.imshow(routing.gates, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
-        panel.set_title(f"{name}\n{routing.base_loss:.2f} to {routing.loss:.2f}", fontsize=9)
-        panel.set_xticks(range(len(experts)), experts, rotation=90, fontsize=8)
+        title = f"{visible(name)}\n{routing.base_loss:.2f} to {routing.loss:.2f}"
+        panel.set_title(title, fontsize=9, parse_math=False)  # a name with dollar signs is no formula
+        panel.set_xticks(range(len(experts)), [*map(visible, experts)], rotation=90, fontsize=8, parse_math=False)
         panel.tick_params(length=0)
     if len(layers) > 24:
         places = range(0, len(layers), -(-len(layers) // 12))
@@ -165,5 +164,5 @@ def _draw(path: Path, experts: Sequence[str], layers: Sequence[str], found: Mapp
     else:
         panels[0][0].set_yticks(range(len(layers)), layers, fontsize=6)
     figure.colorbar(image, ax=list(panels[0]), label="mean gate")
-    figure.savefig(path)
+    figure.savefig(file, format="png")
     plt.close(figure)

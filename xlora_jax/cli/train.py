@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import jax
 import typer
 
+from xlora_jax.cli.terminal import say
 from xlora_jax.job import Job, run_training
 from xlora_jax.training.checkpoints import CheckpointError
 from xlora_jax.training.config import TrainConfig
@@ -132,18 +133,18 @@ def command(
         )
         result = run_training(job, show_progress=True)
     except (ValueError, TypeError, OSError, CheckpointError, NonFiniteError) as error:
-        typer.echo(f"xlora-jax train: {error}", err=True)
+        say(f"xlora-jax train: {error}", err=True)
         raise typer.Exit(1) from error
     if jax.process_index() != 0:
         return
     if not result.finished:
-        typer.echo(f"Stopped by SIGTERM at step {int(result.state.step)}, saved. The same command goes on from there.")
+        say(f"Stopped by SIGTERM at step {int(result.state.step)}, saved. The same command goes on from there.")
         return
     held_out = [entry for entry in result.history if entry["kind"] == "eval" and entry["step"] == steps]
     for entry in held_out:
-        typer.echo(", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name.endswith("_loss")))
-    typer.echo(", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in result.summary.items()))
-    typer.echo(f"The trained gate is in {Path(output) / 'model'}")
+        say(", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name.endswith("_loss")))
+    say(", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in result.summary.items()))
+    say(f"The trained gate is in {Path(output) / 'model'}")
 
 
 def _json(text: str, option: str) -> dict[str, Any]:

@@ -1,23 +1,34 @@
-"""Checkpoints of training, with orbax: what learns, the optimiser's state, counts, RNG, and where the data stands.
+"""Checkpoints of training, with orbax: trainable parameters, the optimizer's state, counts, RNG, the data's position.
 
 The frozen base is never saved. Saving is asynchronous: arrays are copied to the host, and written while training goes
-on. A checkpoint is complete or is not there; one that can't be written leaves the earlier ones as they are.
+on. A checkpoint is complete or is not there; one that can't be written leaves the earlier ones as they are. Each holds
+checksums of its arrays and of its JSON. A damaged one is set aside with a warning, and the one before is restored.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from xlora_jax.atomic import replacing_file
+from xlora_jax.training.checksums import checksums
 from xlora_jax.training.step import TrainState
 
 __all__ = ["CheckpointError", "Checkpoints"]
+
+
+_METADATA = "_CHECKPOINT_METADATA"
 
 
 class CheckpointError(OSError):
@@ -43,15 +54,26 @@ class Checkpoints:
         self.directory = Path(os.path.abspath(directory))
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            probe = self.directory / f".writable-{os.getpid()}"
-            probe.write_bytes(b"?")
+            probe = self.directory / f".writable-{uuid.uuid4().hex}"
+            with replacing_file(probe, durable=False) as file:
+                file.write(b"?")
             probe.unlink()
         except OSError as error:
             raise CheckpointError(f"{self.directory}: no checkpoints can be written here ({error})") from error
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except Exception as error:
+            self._set_metadata_aside(error)
+            try:
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except Exception as again:
+                raise CheckpointError(
+                    f"{self.directory}: these checkpoints can't be opened ({type(again).__name__}: {again}). Remove "
+                    f"the directory to start anew, or give another output directory."
+                ) from again
 
     def __enter__(self) -> Checkpoints:
         """Return itself."""
@@ -86,13 +108,15 @@ class Checkpoints:
             CheckpointError: this one or the one before can't be written.
         """
         step = int(state.step)
+        plain = _plain(state)
+        described = {"shapes": _shapes(plain), "checksums": checksums(_named(plain)), "data": dict(data)}
         try:
             self._manager.check_for_errors()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_plain(state)),
-                    data=ocp.args.JsonSave({"shapes": _shapes(state), "data": dict(data)}),
+                    state=ocp.args.StandardSave(plain),
+                    data=ocp.args.JsonSave({**described, "sha256": _digest(described)}),
                 ),
             )
         except Exception as error:
@@ -118,50 +142,113 @@ class Checkpoints:
             raise self._failed(None, error) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Read the latest checkpoint, or return None if there is none.
+        """Read the latest checkpoint that is whole, or return None if there is none at all.
+
+        A damaged one is renamed to ``damaged-<step>-...``, with a warning, once an earlier one has been read.
 
         Args:
-            like: a state of the same shapes; what is read lies where its arrays lie, so on any mesh.
+            like: a state of the same shapes; the arrays that are read are placed as its arrays are, so on any mesh.
 
         Returns:
             The state, and the JSON values saved with it.
 
         Raises:
-            CheckpointError: it can't be read, or has other shapes.
+            CheckpointError: none can be read, or the latest has other shapes.
         """
-        step = self.latest
-        if step is None:
-            return None
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _plain(like)
-        )
-        where = self.directory / str(step)
-        try:
-            described = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-            there, here = described["shapes"], _shapes(like)
-            differ = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-            if differ:
-                name = differ[0]
-                raise CheckpointError(
-                    f"{where}: is of another model or optimiser: {name} is {there.get(name, 'absent')} there and "
-                    f"{here.get(name, 'absent')} here, {len(differ)} arrays differ in all. Give the settings of the "
-                    f"run that wrote it, or another output directory."
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, str] = {}
+        for step in steps:
+            where = self.directory / str(step)
+            found, reason = None, ""
+            try:
+                found = self._read(step, like)
+            except CheckpointError:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+            if not _all_agree(found is not None):
+                damaged[step] = reason or "another process can't read it"
+                continue
+            for number, why in damaged.items():
+                aside = self._set_aside(number)
+                warnings.warn(
+                    f"{self.directory / str(number)}: this checkpoint is damaged ({why}). It was renamed to {aside}, "
+                    f"and training goes on from step {step}.",
+                    UserWarning,
+                    stacklevel=2,
                 )
-            leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
-                "state"
-            ]
-        except CheckpointError:
-            raise
-        except Exception as error:
+            if damaged:
+                self._manager.reload()
+            return found
+        if not damaged:
+            return None
+        why = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        raise CheckpointError(
+            f"{where}: no checkpoint can be read ({why}). Remove {self.directory} to start anew, or give another "
+            f"output directory."
+        )
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Read one checkpoint. Raises CheckpointError if it is of another model, and anything else if it is damaged."""
+        where = self.directory / str(step)
+        described = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        file = where / "data" / "metadata"
+        if not isinstance(described, dict) or not all(
+            isinstance(described.get(name), dict) for name in ("shapes", "checksums", "data")
+        ):
+            raise ValueError(f"{file}: expected objects shapes, checksums and data")
+        if described.pop("sha256", None) != _digest(described):
+            raise ValueError(f"{file}: its checksum differs")
+        plain = _plain(like)
+        there, here = described["shapes"], _shapes(plain)
+        differ = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if differ:
+            name = differ[0]
             raise CheckpointError(
-                f"{where}: can't be read ({type(error).__name__}: {error}). Remove it to go on from the checkpoint "
-                f"before it, or give another output directory."
-            ) from error
+                f"{where}: is of another model or optimiser: {name} is {there.get(name, 'absent')} there and "
+                f"{here.get(name, 'absent')} here, {len(differ)} arrays differ in all. Give the settings of the "
+                f"run that wrote it, or another output directory."
+            )
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), plain)
+        leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        found = checksums(_named(leaves))
+        changed = sorted(name for name, value in described["checksums"].items() if found.get(name) != value)
+        if changed or found.keys() != described["checksums"].keys():
+            raise ValueError(
+                f"{where / 'state'}: the checksums of {', '.join(changed[:3])} differ, {len(changed)} in all"
+            )
         state = TrainState(
             **{name: leaves[name] for name in leaves if name != "rng"},
             rng=jax.random.wrap_key_data(leaves["rng"], impl=jax.random.key_impl(like.rng)),
         )
         return state, dict(described["data"])
+
+    def _set_metadata_aside(self, error: Exception) -> None:
+        """Rename orbax's descriptions of checkpoints: it reads all of them at once, and can do without."""
+        found = sorted(self.directory.glob(f"[0-9]*/{_METADATA}"))
+        if jax.process_index() == 0:
+            for path in found:
+                os.rename(path, path.with_name(f"damaged{_METADATA}"))
+        _all_agree(True)
+        warnings.warn(
+            f"{self.directory}: a damaged {_METADATA} ({type(error).__name__}: {error}); those of {len(found)} "
+            f"checkpoints were renamed to damaged{_METADATA}, and the checkpoints are read without.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost."""
+        aside = self.directory / f"damaged-{step}-{uuid.uuid4().hex[:8]}"
+        if jax.process_index() == 0:
+            try:
+                os.rename(self.directory / str(step), aside)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: damaged, and can't be renamed ({error})"
+                ) from error
+        _all_agree(True)
+        return aside
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointError:
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
@@ -176,12 +263,27 @@ class Checkpoints:
         )
 
 
-def _shapes(state: TrainState) -> dict[str, str]:
+def _all_agree(holds: bool) -> bool:
+    """Whether it holds on every process; waits for all of them."""
+    if jax.process_count() == 1:
+        return holds
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
+
+
+def _named(plain: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Every array, by path."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(plain)}
+
+
+def _shapes(plain: Mapping[str, Any]) -> dict[str, str]:
     """Shape and dtype of every array, by path."""
-    return {
-        jax.tree_util.keystr(path): f"{leaf.dtype.name}{list(leaf.shape)}"
-        for path, leaf in jax.tree.leaves_with_path(_plain(state))
-    }
+    return {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in _named(plain).items()}
+
+
+def _digest(described: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from xlora_jax.atomic import open_to_append, replace_text
 
 __all__ = ["MetricsWriter", "peak_memory"]
 
@@ -30,7 +31,7 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         _keep_until(path, resumed_at)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_to_append(path)
         self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # type: ignore[import-untyped,unused-ignore]
@@ -63,16 +64,23 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+            at = entry["step"]
+            if type(at) is not int:
+                raise TypeError(f"step is {at!r:.40}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number == len(lines) and not isinstance(error, KeyError | TypeError):
+                continue
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with a whole number step, got {line[:80]!r}; correct "
+                f"or remove the line, or give another output directory"
+            ) from error
+        if at <= step:
+            kept.append(line.decode("utf-8") + "\n")
+    replace_text(path, "".join(kept))
 
 
 def peak_memory() -> dict[str, float]:

@@ -6,8 +6,6 @@ The step is :func:`xlora_jax.training.step.make_train_step`; everything here hap
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
+from xlora_jax.atomic import read_json_object, replace_json, replacing_file
 from xlora_jax.model import XLoraModel
 from xlora_jax.sharding import make_mesh, put_batch, shard_params, state_shardings
 from xlora_jax.training.checkpoints import CheckpointError, Checkpoints
@@ -30,6 +29,7 @@ from xlora_jax.training.data import Loader, Rows
 from xlora_jax.training.evaluation import evaluate
 from xlora_jax.training.metrics import MetricsWriter
 from xlora_jax.training.preemption import Preemption
+from xlora_jax.training.run_lock import run_lock
 from xlora_jax.training.run_log import RunLog, progress_bar
 from xlora_jax.training.scaling_cache import ScalingCache, fingerprint
 from xlora_jax.training.step import (
@@ -108,6 +108,7 @@ def train(
     Raises:
         NonFiniteError: ``max_bad_steps`` steps in a row were not finite; the last batch lies in ``output``.
         CheckpointError: a checkpoint can't be written or read.
+        RunLockedError: another process is training into ``output``.
         ValueError: settings that do not go together.
     """
     trainer = Trainer(
@@ -205,6 +206,8 @@ class Trainer:
     def run(self, *, show_progress: bool = False) -> TrainResult:
         """Take the steps that are left, from the latest checkpoint on if there is one."""
         with ExitStack() as stack:
+            if self.output is not None and jax.process_index() == 0:
+                stack.enter_context(run_lock(self.output))
             started = 0 if self.output is None else self._resume(self.output, stack)
             progress = stack.enter_context(progress_bar(self.config.steps, started, show_progress))
             stack.enter_context(self.stop)
@@ -305,7 +308,8 @@ class Trainer:
         if self.output is not None:
             path = self.output / f"bad_batch_step_{step}_process_{jax.process_index()}.npz"
             arrays: dict[str, Any] = dict(batch)
-            np.savez_compressed(path, **arrays)
+            with replacing_file(path) as file:
+                np.savez_compressed(file, **arrays)
             where = f"saved as {path}"
         raise NonFiniteError(
             f"step {step}: loss or gradient was not finite for {int(skipped_in_row)} steps in a row. Nothing was "
@@ -325,11 +329,22 @@ class Trainer:
         return self.model.replace(params=params)
 
 
+def _read_settings(path: Path) -> TrainConfig:
+    values = read_json_object(path)
+    try:
+        return TrainConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected the settings of a run ({str(error)[:500]}); restore the file, or give another "
+            f"output directory"
+        ) from error
+
+
 def _save_settings(output: Path, config: TrainConfig, latest: int | None, *, own_optimizer: bool) -> None:
     """Write ``train_config.json``; where checkpoints are already, they must be of the same settings."""
     path = output / "train_config.json"
     if latest is not None and path.exists():
-        was = TrainConfig(**json.loads(path.read_text(encoding="utf-8"))).fixed()
+        was = _read_settings(path).fixed()
         now = config.fixed()
         differ = [f"{name}: {was[name]!r} there, {now[name]!r} now" for name in now if now[name] != was[name]]
         if differ and not own_optimizer:
@@ -339,8 +354,6 @@ def _save_settings(output: Path, config: TrainConfig, latest: int | None, *, own
             )
     if jax.process_index() == 0:
         try:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            replace_json(path, dataclasses.asdict(config))
         except OSError as error:
             raise CheckpointError(f"{path}: the settings can't be written ({error})") from error

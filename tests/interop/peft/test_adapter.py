@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from interop import load_xlora
 from interop.peft.adapter import LoraAdapter, LoraLayer, load_lora, save_lora
-from interop.peft.config import _FIELDS, _pattern_for
+from interop.peft.config import _FIELDS
 from interop.peft.names import match_module, renamed
+from interop.peft.patterns import first_match
 from interop.storage.errors import FormatError
 from tests.helpers import reference
 from tests.helpers.adapters import assert_same_files, edit_config, edit_tensors, fresh_base, hooked, make_adapter, run
@@ -344,23 +345,21 @@ PATHS = [
 def test_patterns_match_as_in_peft(patterns, path):
     from peft.utils.other import get_pattern_key
 
-    assert _pattern_for(patterns, path) == get_pattern_key(patterns, path)
+    assert first_match(patterns, path) == get_pattern_key(patterns, path)
 
 
 class TestHostilePatterns:
     @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-    @pytest.mark.parametrize("pattern", ["(a+)+", r"((\w|\d)*)*", "(a|a)*b", "([a-z]+.)*", "(x?){40}", "(?:a+){9}"])
-    def test_that_could_take_for_ever(self, copied, field, pattern):
-        edit_config(copied, **{field: {pattern: 4}})
-        with pytest.raises(FormatError, match=f"{field} holds .*repeated group"):
+    def test_each_field_is_checked(self, copied, field):
+        edit_config(copied, **{field: {"(?!lm_head).*": 4}})
+        with pytest.raises(FormatError, match=f"{field} holds .*a lookahead"):
             load_lora(copied)
 
-    @pytest.mark.parametrize("pattern", [".*" * 8 + "x", "a?" * 30, ".+" * 10])
-    def test_of_many_repetitions(self, copied, pattern):
-        edit_config(copied, rank_pattern={pattern: 4})
+    @pytest.mark.parametrize("pattern", ["(a+)+", "(?:(a+) ?)+", r"(a+[\])]?)+", ".*" * 8 + "x", "a?" * 30])
+    def test_that_would_take_for_ever_by_backtracking(self, copied, pattern):
+        edit_config(copied, rank_pattern={pattern: 4, "down_proj": 5})
         started = time.process_time()
-        with pytest.raises(FormatError, match="rank_pattern has 1 entries for 6 stored modules"):
-            load_lora(copied)
+        load_lora(copied)
         assert time.process_time() - started < 1
 
     def test_a_million_entries(self, copied):
@@ -382,7 +381,7 @@ class TestHostilePatterns:
     @pytest.mark.parametrize("pattern", ["(", "[a", "*", "a{2,1}", "(?P<x>a)(?P<x>b)", "\\"])
     def test_that_are_none(self, copied, pattern):
         edit_config(copied, rank_pattern={pattern: 4})
-        with pytest.raises(FormatError, match=r"rank_pattern holds .*(no regular expression|repeated group)"):
+        with pytest.raises(FormatError, match="rank_pattern holds "):
             load_lora(copied)
 
     @pytest.mark.parametrize(
@@ -794,9 +793,9 @@ def test_load_save_load_gives_the_same(tmp_path, config, paths):
     config = {"peft_type": "LORA", **config}
     layers = {}
     for path in sorted(paths):
-        r = next((v for p, v in config.get("rank_pattern", {}).items() if _pattern_for([p], path) == p), config["r"])
+        r = next((v for p, v in config.get("rank_pattern", {}).items() if first_match([p], path) == p), config["r"])
         alpha = next(
-            (v for p, v in config.get("alpha_pattern", {}).items() if _pattern_for([p], path) == p),
+            (v for p, v in config.get("alpha_pattern", {}).items() if first_match([p], path) == p),
             config["lora_alpha"],
         )
         scale = alpha / (math.sqrt(r) if config["use_rslora"] else r)

@@ -1,0 +1,95 @@
+"""Files that are replaced as a whole: a reader finds the old content or the new content, never half of one.
+
+A new file gets a random hidden name beside its place, is created exclusively and without following links, and is then
+renamed. So a link that someone planted is never written through, neither at the temporary name nor at the final one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["flush_entry", "open_to_append", "read_json_object", "replace_json", "replace_text", "replacing_file"]
+
+_MAX_JSON_BYTES = 2**20
+# Windows has no O_NOFOLLOW; there O_EXCL alone keeps an existing link from being opened.
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Give a new binary file that takes the place of ``path`` when the block ends, and vanishes if it raises.
+
+    Args:
+        path: file to create or replace. A link there is replaced, not followed.
+        durable: flush the file and its directory to disk, so that a power cut leaves the old content or the new.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.partial")
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    if durable:
+        flush_entry(target.parent)
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file as UTF-8, in the way of :func:`replacing_file`."""
+    with replacing_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def replace_json(path: str | os.PathLike[str], value: Mapping[str, Any], **options: Any) -> None:
+    """Write a JSON object, indented; ``options`` are those of :func:`json.dumps`."""
+    replace_text(path, json.dumps(value, indent=2, **options) + "\n")
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object of a few kilobytes that this library wrote.
+
+    Raises:
+        ValueError: the file is cut off, holds something else, or is far too large; the message names it.
+    """
+    target = Path(path)
+    if target.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{target}: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {target.stat().st_size}")
+    try:
+        value = json.loads(target.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{target}: expected a JSON object; the file is damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{target}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def open_to_append(path: str | os.PathLike[str]) -> IO[str]:
+    """Open a text file at its end, or create it.
+
+    Raises:
+        OSError: among others, ``path`` is a link.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666)
+    return os.fdopen(descriptor, "a", encoding="utf-8")
+
+
+def flush_entry(path: str | os.PathLike[str]) -> None:
+    """Flush a file or directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,72 @@
+"""A lock on a run's directory: of two processes that train into one directory, the second is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["RunLockedError", "run_lock"]
+
+_FILE = ".lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class RunLockedError(OSError):
+    """Another process is training into the directory; the message names its pid and host."""
+
+
+@contextmanager
+def run_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of a run's directory. The system releases it when the process ends, however it ends.
+
+    Args:
+        directory: created if need be. The file ``.lock`` in it stays after the run, and holds nothing by itself.
+
+    Raises:
+        RunLockedError: another process, or another run of this one, holds it.
+        OSError: the directory can't be written to.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    path = Path(directory) / _FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunLockedError(
+                f"{directory}: another process is training into this directory: {_holder(descriptor)}. Wait for it, "
+                f"end it, or give another output directory."
+            ) from error
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            warnings.warn(
+                f"{path}: this file system has no locks ({error}); see to it that no other process trains into "
+                f"{directory}.",
+                UserWarning,
+                stacklevel=3,
+            )
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        return f"pid {int(holder['pid'])} on host {str(holder['host'])[:100]}"
+    except (ValueError, TypeError, LookupError, RecursionError):  # it has not written its name yet
+        return "its pid is not known"
