@@ -184,7 +184,8 @@ class TrainResult:
         state: where training stands.
         finished: False where SIGTERM ended it early; the same call goes on from there.
         history: the entries of the metrics, of this call.
-        summary: steps per second, tokens per second, share of time in data, peak memory.
+        summary: steps per second, tokens per second (all, and those that are learnt), share of time in data, peak
+            memory.
     """
 
     model: XLoraModel
@@ -237,8 +238,11 @@ def train(
     Raises:
         NonFiniteError: ``max_bad_steps`` steps in a row were not finite; the last batch lies in ``output``.
         CheckpointError: a checkpoint can't be written or read.
-        ValueError: settings that do not go together.
+        ValueError: settings that do not go together, or a token that the base model has not.
     """
+    if (vocabulary := getattr(getattr(model.module, "config", None), "vocab_size", None)) is not None:
+        for part in (rows, *(eval_rows or {}).values()):
+            part.check_vocabulary(vocabulary)
     run = _Run(model, rows, config, optimizer, mesh_of(config) if mesh is None else mesh, cache_directory, output)
     with ExitStack() as stack:
         loader = run.loader(rows)
@@ -370,7 +374,7 @@ def _loop(
     output: str | Path | None,
 ) -> bool:
     """Take the steps; False if stopped by SIGTERM."""
-    before: tuple[Any, Any, Mapping[str, NDArray[Any]]] | None = None
+    before: tuple[Any, Any, Mapping[str, NDArray[Any]], int] | None = None
     saved = started
     number = started
     for number in range(started + 1, config.steps + 1):
@@ -382,8 +386,9 @@ def _loop(
         # The step before is looked at while this one runs, so that the device never waits for the host.
         if before is not None:
             _check_finite(before, config, output, number - 1)
-            progress(number - 1, log.step(number - 1, before[1]))
-        before = (jnp.copy(run.state.skipped_in_row), metrics, batch)
+            progress(number - 1, log.step(number - 1, before[1], before[3]))
+        tokens = loader.rows.count(batch["row"]) * jax.process_count()
+        before = (jnp.copy(run.state.skipped_in_row), metrics, batch, tokens)
         if checkpoints is not None:
             checkpoints.check()
         stopping = stop.asked(number)
@@ -398,7 +403,7 @@ def _loop(
         if stopping:
             break
     if before is not None:
-        progress(number, log.step(number, before[1], last=True))
+        progress(number, log.step(number, before[1], before[3], last=True))
         _check_finite(before, config, output, number)
     if checkpoints is not None and number > saved:
         checkpoints.save(run.state, {"loader": loader.get_state()})
@@ -407,7 +412,7 @@ def _loop(
 
 
 def _check_finite(before: Any, config: TrainConfig, output: str | Path | None, step: int) -> None:
-    in_row, _, batch = before
+    in_row, _, batch, _ = before
     if int(in_row) < config.max_bad_steps:
         return
     where = "give an output directory to have it saved"
@@ -480,10 +485,10 @@ class _Log:
         self.history: list[dict[str, Any]] = []
         self._start = self._mark = time.perf_counter()
         self._data = self._data_begun = 0.0
-        self._all_data = self._all_tokens = 0.0
+        self._all_data = self._all_tokens = self._all_learnt = 0.0
         self._steps = 0
         self._losses: list[float] = []
-        self._tokens = 0.0
+        self._tokens = self._learnt = 0.0
         self.latest: dict[str, float] = {}
 
     def begin_data(self) -> None:
@@ -492,11 +497,12 @@ class _Log:
     def end_data(self) -> None:
         self._data += time.perf_counter() - self._data_begun
 
-    def step(self, number: int, metrics: Mapping[str, Any], last: bool = False) -> Mapping[str, float]:
-        """Take up one step's metrics, and write an entry when it is due."""
+    def step(self, number: int, metrics: Mapping[str, Any], tokens: int, last: bool = False) -> Mapping[str, float]:
+        """Take up one step's metrics and its number of tokens, learnt or not; write an entry when it is due."""
         values = {name: float(value) for name, value in metrics.items()}
         self._steps += 1
-        self._tokens += values["tokens"]
+        self._tokens += tokens
+        self._learnt += values["tokens"]
         if values["finite"]:
             self._losses.append(values["loss"])
         if number % self.config.log_every == 0 or last:
@@ -506,6 +512,7 @@ class _Log:
                 "loss": float(np.mean(self._losses)) if self._losses else float("nan"),
                 **{name: value for name, value in values.items() if name in ("grad_norm", "regularization")},
                 "tokens_per_second": self._tokens / elapsed,
+                "learnt_tokens_per_second": self._learnt / elapsed,
                 "data_share": self._data / elapsed,
             }
             if self.schedule is not None:
@@ -513,8 +520,9 @@ class _Log:
             self.write(number, "train", entry)
             self.latest = entry
             self._all_tokens += self._tokens
+            self._all_learnt += self._learnt
             self._all_data += self._data
-            self._mark, self._data, self._tokens, self._losses = now, 0.0, 0.0, []
+            self._mark, self._data, self._tokens, self._learnt, self._losses = now, 0.0, 0.0, 0.0, []
         return {**self.latest, "loss": values["loss"]}
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -529,6 +537,7 @@ class _Log:
         return {
             "steps_per_second": self._steps / elapsed,
             "tokens_per_second": self._all_tokens / elapsed,
+            "learnt_tokens_per_second": self._all_learnt / elapsed,
             "data_share": self._all_data / elapsed,
             **peak_memory(),
         }
@@ -584,13 +593,13 @@ def _progress(steps: int, started: int, show: bool) -> Iterator[Callable[..., No
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s, {task.fields[learnt]:,.0f} learnt"),
         TextColumn("{task.fields[share]:.0%} in data"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
     with Progress(*columns) as bar:
-        task = bar.add_task("", total=steps, completed=started, loss=float("nan"), rate=0.0, share=0.0)
+        task = bar.add_task("", total=steps, completed=started, loss=float("nan"), rate=0.0, learnt=0.0, share=0.0)
 
         def update(step: int, values: Mapping[str, float]) -> None:
             bar.update(
@@ -598,6 +607,7 @@ def _progress(steps: int, started: int, show: bool) -> Iterator[Callable[..., No
                 completed=step,
                 loss=values["loss"],
                 rate=values.get("tokens_per_second", 0.0),
+                learnt=values.get("learnt_tokens_per_second", 0.0),
                 share=values.get("data_share", 0.0),
             )
 

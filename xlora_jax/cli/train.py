@@ -17,6 +17,7 @@ import typer
 from xlora_jax import XLoraConfig
 from xlora_jax.checkpoints import CheckpointError
 from xlora_jax.data import Rows, encode_records, lay_out, read_records
+from xlora_jax.records import BadRecords
 from xlora_jax.trainer import NonFiniteError, TrainConfig, TrainResult, mesh_of, train
 
 __all__ = ["Job", "command", "run_training"]
@@ -29,7 +30,7 @@ class Job:
     Attributes:
         base: HF model directory or hub id, with its tokenizer.
         adapters: expert name -> PEFT LoRA directory or hub id.
-        data: what to learn: ``.jsonl``, ``.txt``, a directory of HF ``datasets``, or records.
+        data: what to learn: whatever :func:`xlora_jax.records.read_records` reads.
         output: directory of the run; the same job goes on where it stopped. The trained gate is in ``output/model``.
         eval_data: held-out data by name.
         checkpoint: trained X-LoRA to start from, in place of a new classifier.
@@ -39,6 +40,7 @@ class Job:
         dtype: of base and computation; None takes the one in config.json.
         expert_dtype: of the experts.
         layout: of ``output/model``: ``peft``, ``xlora`` or ``mistralrs``.
+        skip_bad_records: number of bad records to leave out, of all data together; the next one is an error.
         train: settings of the run.
     """
 
@@ -54,6 +56,7 @@ class Job:
     dtype: str | None = None
     expert_dtype: str = "float32"
     layout: str = "peft"
+    skip_bad_records: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -75,8 +78,10 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
 
     codec = load_codec(job.base)
 
+    bad = BadRecords(job.skip_bad_records)
+
     def rows_of(source: Any) -> Rows:
-        rows = lay_out(encode_records(read_records(source), codec), job.length, pack=job.pack)
+        rows = lay_out(encode_records(read_records(source, bad), codec, bad), job.length, pack=job.pack)
         if rows.cut or rows.dropped:
             warnings.warn(
                 f"{rows.cut} answers were cut off at {job.length} tokens, {rows.dropped} records have nothing to learn "
@@ -87,6 +92,7 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
 
     rows = rows_of(job.data)
     held_out = {name: rows_of(source) for name, source in job.eval_data.items()}
+    bad.warn()
     mesh = mesh_of(job.train)
     place = None if mesh is None else placer(mesh)
     options: dict[str, Any] = {"dtype": job.dtype, "expert_dtype": job.expert_dtype, "seed": job.train.seed}
@@ -160,7 +166,10 @@ def command(
     adapter: Annotated[
         list[str], typer.Option(help="NAME=DIRECTORY of an expert, a PEFT LoRA adapter. Repeat it, one per expert.")
     ],
-    data: Annotated[str, typer.Option(help="What to learn: .jsonl, .txt, or a directory of HF datasets.")],
+    data: Annotated[
+        str,
+        typer.Option(help="What to learn: .jsonl, .json, .csv, .txt, .parquet, or HF datasets by directory or name."),
+    ],
     output: Annotated[str, typer.Option(help="Directory of the run. The same command goes on where it stopped.")],
     eval_data: Annotated[list[str], typer.Option("--eval", help="Held-out data; NAME=PATH for several.")] = [],  # noqa: B006
     checkpoint: Annotated[
@@ -178,6 +187,9 @@ def command(
     ] = "{}",
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     pack: Annotated[bool, typer.Option(help="Put several documents into a row.")] = True,
+    skip_bad_records: Annotated[
+        int, typer.Option(help="Bad records to leave out and list; the next one ends the run.", min=0)
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(help="Rows per micro-batch, over all devices.")] = _DEFAULT.batch_size,
     accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULT.accumulate,
@@ -206,8 +218,9 @@ def command(
 ) -> None:
     """Train the gate of an X-LoRA model (and its experts with --xlora '{"use_trainable_adapters": true}').
 
-    A line of JSONL is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}; of the first
-    two the answers alone are learnt. The trained gate is written to OUTPUT/model in PEFT's layout.
+    A record is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}; of the first two the
+    answers alone are learnt. "xlora-jax inspect DATA --base BASE" shows what is learnt of a file. The trained gate is
+    written to OUTPUT/model in PEFT's layout.
     """
     if distributed:
         jax.distributed.initialize()
@@ -250,11 +263,12 @@ def command(
             xlora=_json(xlora, "--xlora"),
             length=length,
             pack=pack,
+            skip_bad_records=skip_bad_records,
             dtype=dtype,
             train=config,
         )
         result = run_training(job, show_progress=True)
-    except (ValueError, TypeError, OSError, CheckpointError, NonFiniteError) as error:
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
         typer.echo(f"xlora-jax train: {error}", err=True)
         raise typer.Exit(1) from error
     if jax.process_index() != 0:
