@@ -12,8 +12,8 @@ import sys
 from typing import Any
 
 # Far more than any chat, far less than any machine has.
-MEMORY = 1 << 30
-CHARACTERS = 64 << 20
+MEMORY = 512 << 20
+CHARACTERS = 16 << 20
 
 
 def limit_memory() -> None:
@@ -47,7 +47,7 @@ def render(request: dict[str, Any]) -> list[tuple[str | None, str | None]]:
             long = len(text) > CHARACTERS
             texts.append((None, f"it writes {len(text):,} characters") if long else (text, None))
         except MemoryError:
-            texts.append((None, f"it needs more than {MEMORY >> 30} GiB of memory"))
+            texts.append((None, f"it needs more than {MEMORY >> 20} MiB of memory"))
         except Exception as error:  # a template's errors are of any kind
             texts.append((None, f"{type(error).__name__}: {error}"[:500]))
     return texts

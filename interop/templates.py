@@ -59,7 +59,7 @@ class _Worker:
         )
         self._process = process
         if not self._exchange(process, b"", _START_LIMIT):
-            raise RuntimeError(f"the process that renders chat templates did not start: {sys.executable} -P {script}")
+            raise OSError(f"the process that renders chat templates did not start: {sys.executable} -P {script}")
         return process
 
     def _exchange(self, process: subprocess.Popen[bytes], line: bytes, limit: float) -> bytes | None:

@@ -182,6 +182,10 @@ def _messages(value: Any, name: str, place: str) -> list[Message]:
             f"{where}: expected a list of messages, as the other of prompt and completion is one; got text"
         )
     value = _parsed(value, where)
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        # A sequence of objects, as HF datasets may keep it: a list for each name.
+        value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(value, list) or not value:
         raise RecordError(f"{where}: expected a list of at least one message, got {_shown(value)}")
     return [_message(message, f"{where}[{number}]") for number, message in enumerate(value)]
@@ -289,10 +293,18 @@ def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
     texts = list(render(chat, wanted))
     if any(isinstance(text, TemplateError) for text in texts) and any("content" not in m for m in chat.messages):
         # Templates of the simplest kind join the content of every message to other text, tool calls or not.
-        filled = Chat([{"content": "", **m} for m in chat.messages], chat.tools, chat.options, chat.learnt, chat.names)
+        filled = _changed(chat, {n: "" for n, m in enumerate(chat.messages) if "content" not in m})
         again = list(render(filled, wanted))
         if sum(isinstance(text, TemplateError) for text in again) < sum(isinstance(t, TemplateError) for t in texts):
             chat, texts = filled, again
+    if not _all_written(chat, texts):
+        # Templates of models that see pictures may read parts only, and write nothing of content that is text.
+        in_parts = _changed(
+            chat, {n: [{"type": "text", "text": m["content"]}] for n, m in enumerate(chat.messages) if m.get("content")}
+        )
+        again = list(render(in_parts, wanted))
+        if _all_written(chat, again):
+            chat, texts = in_parts, again
     for number, prompt, whole in zip(chat.learnt, texts[::2], texts[1::2], strict=True):
         where = f"{place}: {chat.names[number]}"
         if isinstance(whole, TemplateError):
@@ -303,6 +315,12 @@ def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
             yield Answer(whole, len(prompt))
         else:
             yield _found(chat, number, prompt, whole, render, where)
+
+
+def _all_written(chat: Chat, texts: Sequence[str | TemplateError]) -> bool:
+    """Return whether every answer's content is in its text."""
+    contents = (chat.messages[number].get("content") or "" for number in chat.learnt)
+    return all(isinstance(w, str) and c.strip() in w for c, w in zip(contents, texts[1::2], strict=True))
 
 
 def _found(chat: Chat, number: int, prompt: str | TemplateError, whole: str, render: Render, where: str) -> Answer:
@@ -334,6 +352,12 @@ def _found(chat: Chat, number: int, prompt: str | TemplateError, whole: str, ren
             if thinking and content.startswith(thinking):
                 rest = content[len(thinking) :].lstrip("\n")
                 return Answer(prompt + rest + marked[mark + len(_MARK) :], len(prompt))
+    if not opening:
+        raise RecordError(
+            f"{where}: the chat template writes no generation prompt, and the messages before this answer otherwise "
+            f"than with it, so the answer cannot be told from its prompt; use a template that knows "
+            f"add_generation_prompt, or prompt and completion as text"
+        )
     raise RecordError(
         f"{where}: the chat template's prompt for this answer ends with {opening[-60:]!r}, but the template writes the "
         f"answer without that, so it cannot be told from its prompt; write the answer as the model is to generate it "
@@ -346,22 +370,20 @@ def _opening(chat: Chat, number: int, prompt: str | TemplateError, render: Rende
     if isinstance(prompt, str):
         bare = render(chat, [(number, False)])[0]
         return prompt[_common(bare, prompt) if isinstance(bare, str) else 0 :]
-    if number:
-        return None
-    # Nothing comes before the first answer, which few templates foresee: one question shows how answers begin.
+    # A chat that the assistant begins, which few templates foresee: one question shows how answers begin.
     bare, prompt = render(
         Chat([{"role": "user", "content": _ASKED}], chat.tools, chat.options), [(1, False), (1, True)]
     )
     return prompt[_common(bare, prompt) :] if isinstance(bare, str) and isinstance(prompt, str) else None
 
 
-def _changed(chat: Chat, contents: Mapping[int, str]) -> Chat:
+def _changed(chat: Chat, contents: Mapping[int, Any]) -> Chat:
     """Return the conversation with other contents in some messages."""
     messages = [
         {**message, "content": contents[number]} if number in contents else message
         for number, message in enumerate(chat.messages)
     ]
-    return Chat(messages, chat.tools, chat.options)
+    return Chat(messages, chat.tools, chat.options, chat.learnt, chat.names)
 
 
 def _common(first: str, second: str) -> int:

@@ -58,7 +58,9 @@ def test_data_as_it_is_learnt(tokenizer_dir, tmp_path):
     assert lost > 0
     cut = sum(len(d.ids) > 40 for d in documents if not d.divisible)
     words = "".join(character for character in text if character not in " \n│")
-    assert f"{cut}answerscutoff({lost}learnttokenslost),0documentsdropped" in words
+    dropped = sum(not d.learnt[1:40].any() for d in documents if not d.divisible)
+    assert dropped == 1
+    assert f"documentscutoff:{cut}({lost}learnttokenslost);dropped:{dropped}(" in words
     # Learnt tokens between brackets, and nothing in them that a terminal would obey.
     assert (
         "<|im_start|>assistant\\n\n⟦<think>\\n\n\\n\n</think>\\n\n\\n\nfirst \\x1b[31m\\u202e\\u27e7<|im_end|>\\n\n⟧"

@@ -203,7 +203,7 @@ def test_tokens_beyond_the_vocabulary_are_refused():
     Rows.from_tokens(ids, np.where(ids % 2, ids, -100)).check_vocabulary(12)
     with pytest.raises(ValueError, match=r"row 2, place 3: expected a token id from 0 to 10, .* got 11; use the base"):
         Rows.from_tokens(ids).check_vocabulary(11)
-    with pytest.raises(ValueError, match="row 0, place 0: expected a token id from 0 to 11, .* got -1"):
+    with pytest.raises(ValueError, match=r"row 0, place 0: expected a token id from 0 to 11, .* got -1"):
         Rows.from_tokens(ids - 1).check_vocabulary(12)
     for label in (-1, 12):
         labels = np.where(ids == 5, label, ids)

@@ -90,13 +90,11 @@ def _facts(documents: Sequence[Document], length: int) -> Iterator[tuple[str, st
     yield "learnt tokens", f"{learnt:,} ({learnt / max(tokens, 1):.1%})"
     rows = lay_out(documents, length)
     lost = sum(int(document.learnt[length:].sum()) for document in documents if not document.divisible)
-    yield (
-        f"at --length {length}",
-        (
-            f"{len(rows):,} rows, {rows.fill:.1%} full; {rows.cut:,} answers cut off ({lost:,} learnt tokens lost), "
-            f"{rows.dropped:,} documents dropped, as nothing within the length is learnt"
-        ),
+    fact = (
+        f"{len(rows):,} rows, {rows.fill:.1%} full; documents cut off: {rows.cut:,} ({lost:,} learnt tokens lost); "
+        f"dropped: {rows.dropped:,} (nothing to learn within that length)"
     )
+    yield f"at --length {length}", fact
 
 
 def _marked(document: Document, decode: Callable[[Sequence[int]], str], *, plain: bool) -> Text:
