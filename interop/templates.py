@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xlora_jax.chats import Chat, Prefix, TemplateError
+from xlora_jax.chats import Chat, Prefix, TemplateError, TemplateLimitError
 
 __all__ = ["TIME_LIMIT", "renderer_of"]
 
@@ -34,16 +34,16 @@ class _Worker:
         """Send a request and return the answer.
 
         Raises:
-            TemplateError: no answer within ``limit`` seconds, or the process came to its end.
+            TemplateLimitError: no answer within ``limit`` seconds, or the process came to its end.
         """
         with self._lock:
             process = self._process or self._start()
             line = json.dumps(request).encode() + b"\n"
             answer = self._exchange(process, line, limit)
             if answer is None:
-                raise TemplateError(f"it does not come to an end within {limit:g} s")
+                raise TemplateLimitError(f"it does not come to an end within {limit:g} s")
             if not answer:
-                raise TemplateError("it ends the process that renders it; it may need too much memory")
+                raise TemplateLimitError("it ends the process that renders it; it may need too much memory")
             return dict(json.loads(answer))
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -139,8 +139,8 @@ def renderer_of(tokenizer: Any, limit: float = TIME_LIMIT) -> Any:
         }
         try:
             texts = _WORKER.ask(request, limit)["texts"]
-        except TemplateError as error:
-            texts = [(None, str(error))] * len(prefixes)
+        except TemplateLimitError as error:
+            return [TemplateLimitError(f"{error} (chat template of {name})")] * len(prefixes)
         return [
             TemplateError(f"{reason} (chat template of {name})") if text is None else text for text, reason in texts
         ]

@@ -15,7 +15,19 @@ from typing import Any
 
 from xlora_jax.records import Record, RecordError
 
-__all__ = ["Answer", "Chat", "Prefix", "Render", "TemplateError", "answers_of", "chat_of", "form_of", "text_of"]
+__all__ = [
+    "REASONING",
+    "Answer",
+    "Chat",
+    "Prefix",
+    "Render",
+    "TemplateError",
+    "TemplateLimitError",
+    "answers_of",
+    "chat_of",
+    "form_of",
+    "text_of",
+]
 
 Message = Mapping[str, Any]
 Prefix = tuple[int, bool]
@@ -39,13 +51,18 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of a message's thinking, of which templates read one."""
 # Contents that no message has, to see where a template puts them.
 _MARK, _ASKED = "Qx7answer7xQ", "Qx7question7xQ"
 
 
 class TemplateError(ValueError):
     """A chat template that cannot write these messages, or does not come to an end."""
+
+
+class TemplateLimitError(TemplateError):
+    """A chat template that took too much time or memory: nothing is gained by another attempt."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +237,7 @@ def _message(value: Any, where: str) -> Message:
             del message["tool_calls"]
     if "content" in message:
         message["content"] = _content(message["content"], f"{where}.content")
-    elif not (role == "assistant" and ("tool_calls" in message or any(name in message for name in _REASONING))):
+    elif not (role == "assistant" and ("tool_calls" in message or any(name in message for name in REASONING))):
         raise RecordError(f"{where}.content: expected text, got {'null' if 'content' in value else 'nothing'}")
     return message
 
@@ -291,6 +308,10 @@ def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
     if not wanted:
         return
     texts = list(render(chat, wanted))
+    if isinstance(texts[1], TemplateLimitError):
+        raise RecordError(
+            f"{place}: {chat.names[chat.learnt[0]]}: the chat template cannot write the messages up to this one: {texts[1]}"
+        ) from texts[1]
     if any(isinstance(text, TemplateError) for text in texts) and any("content" not in m for m in chat.messages):
         # Templates of the simplest kind join the content of every message to other text, tool calls or not.
         filled = _changed(chat, {n: "" for n, m in enumerate(chat.messages) if "content" not in m})
@@ -354,9 +375,9 @@ def _found(chat: Chat, number: int, prompt: str | TemplateError, whole: str, ren
                 return Answer(prompt + rest + marked[mark + len(_MARK) :], len(prompt))
     if not opening:
         raise RecordError(
-            f"{where}: the chat template writes no generation prompt, and the messages before this answer otherwise "
-            f"than with it, so the answer cannot be told from its prompt; use a template that knows "
-            f"add_generation_prompt, or prompt and completion as text"
+            f"{where}: the chat template writes no generation prompt, and it writes the messages before this answer "
+            f"differently once the answer follows, so the answer cannot be told from its prompt; use a template that "
+            f"reads add_generation_prompt, or prompt and completion as text"
         )
     raise RecordError(
         f"{where}: the chat template's prompt for this answer ends with {opening[-60:]!r}, but the template writes the "

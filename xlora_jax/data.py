@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xlora_jax.chats import Chat, Render, answers_of, chat_of, form_of, text_of
+from xlora_jax.chats import REASONING, Chat, Render, answers_of, chat_of, form_of, text_of
 from xlora_jax.losses import IGNORED_LABEL
 from xlora_jax.records import BadRecords, Record, RecordError, Records, read_records
 
@@ -104,7 +104,7 @@ def _documents_of(record: Record, codec: Codec, place: str, unread: Counter[str]
             f"{place}: {form}: the tokenizer has no chat template; use prompt and completion as text, or a tokenizer "
             f"with a chat_template"
         )
-    _check_calls(chat, codec, place)
+    unread.update(_unread(chat, codec, place))
     documents: list[Document] = []
     for answer in answers_of(chat, codec.chat, place):
         ids, first = _encode(codec, answer.text, answer.start, place)
@@ -118,17 +118,33 @@ def _documents_of(record: Record, codec: Codec, place: str, unread: Counter[str]
                 break
         else:
             documents.append(document)
-    unread.update(name for name in (*chat.options, *(["tools"] if chat.tools else [])) if not codec.reads(name))
     return documents or [_document([], 0, divisible=False)]
 
 
-def _check_calls(chat: Chat, codec: Codec, place: str) -> None:
+def _unread(chat: Chat, codec: Codec, place: str) -> set[str]:
+    """Return the names of what a chat brings and the template does not read.
+
+    Raises:
+        RecordError: an answer would be lost by that.
+    """
+    unread = {name for name in (*chat.options, *(["tools"] if chat.tools else [])) if not codec.reads(name)}
     for name, message in zip(chat.names, chat.messages, strict=True):
+        thoughts = [field for field in REASONING if field in message]
+        if thoughts and not any(codec.reads(field) for field in REASONING):
+            unread.add(thoughts[0])
+        else:
+            thoughts = []
         if "tool_calls" in message and not codec.reads("tool_calls"):
-            raise RecordError(
-                f"{place}: {name}.tool_calls: the chat template does not write tool calls; write them into content as "
-                f"the model is to generate them, or use a tokenizer whose template does"
-            )
+            lost = "tool_calls"
+        elif thoughts and not message.get("content") and "tool_calls" not in message:
+            lost = thoughts[0]
+        else:
+            continue
+        raise RecordError(
+            f"{place}: {name}.{lost}: the chat template does not write {lost}; write it into content as the model is "
+            f"to generate it, or use a tokenizer whose template does"
+        )
+    return unread
 
 
 def _with_ends(text: str, start: int, codec: Codec, place: str, *, divisible: bool) -> Document:

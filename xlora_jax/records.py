@@ -8,8 +8,8 @@ import gzip
 import io
 import json
 import lzma
+import math
 import re
-import sys
 import tempfile
 import threading
 import warnings
@@ -253,8 +253,11 @@ def _parse(text: str, place: str, expected: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise RecordError(f"{place}: expected {expected}, got JSON that is nested too deeply") from error
-    except ValueError as error:  # also a number of more digits than Python reads
+    except json.JSONDecodeError as error:
         raise RecordError(f"{place}: expected {expected}, got {error}") from error
+    except ValueError:
+        # A number of more digits than Python reads: as infinity it is an error where its field is read, if that is.
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else math.inf)
 
 
 def _checked(record: Any, place: str) -> Record:
@@ -297,7 +300,7 @@ def _read_csv(path: Path, bad: BadRecords) -> Records:
     numbers: list[int] = []
     delimiter = "\t" if _kind(path)[0] == ".tsv" else ","
     with _FIELD_LIMIT:
-        limit = csv.field_size_limit(sys.maxsize)
+        limit = csv.field_size_limit(2**31 - 1)
         line = 1
         try:
             rows = csv.DictReader(io.StringIO(_text_of(path), newline=""), strict=True, delimiter=delimiter)

@@ -198,6 +198,8 @@ def test_variables_of_the_template(tokenizer):
     assert parts(documents, made)[-1] == "third<|im_end|>\n"
     with pytest.warns(UserWarning, match=r"does not read enable_thinking \(in 2 records\), tools \(in 1 records\)"):
         encode_records([record, {**record, "tools": TOOLS}], codec_of(tokenizer("chatml")))
+    with pytest.warns(UserWarning, match=r"does not read reasoning_content \(in 1 records\)"):
+        encode_records([{"messages": [user(), assistant(reasoning_content="x")]}], codec_of(tokenizer("chatml")))
     with pytest.raises(RecordError, match="chat_template_kwargs: expected variables of the template, got tokenize"):
         encode_record({**record, "chat_template_kwargs": {"tokenize": True}}, codec_of(made))
 
@@ -340,6 +342,11 @@ def test_two_users_in_a_row(tokenizer):
             "chatml",
             [user(), assistant(None, tool_calls=CALL)],
             r"messages\[1\]\.tool_calls: the chat template does not",
+        ),
+        (
+            "chatml",
+            [user(), assistant(None, thinking="x")],
+            r"messages\[1\]\.thinking: the chat template does not write",
         ),
         ("chatml", [user(None), assistant()], r"messages\[0\]\.content: expected text, got null"),
         ("chatml", [user(), {"role": "assistant"}], r"messages\[1\]\.content: expected text, got nothing"),

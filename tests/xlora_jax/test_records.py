@@ -12,6 +12,7 @@ import sys
 import datasets
 import pytest
 
+from xlora_jax.data import Codec, encode_records
 from xlora_jax.records import BadRecords, RecordError, is_data, read_records
 
 CHAT = [{"role": "user", "content": "grüß, 日本 \u2028 \x85 x"}, {"role": "assistant", "content": "\n\nyes"}]
@@ -183,7 +184,6 @@ def test_without_the_datasets_library(tmp_path, monkeypatch):
         (b'{"text": ', "expected one JSON object per line, got Expecting value"),
         (b'{"text": "a"} x', "expected one JSON object per line, got Extra data"),
         (b"[" * 100_000, "expected one JSON object per line, got JSON that is nested too deeply"),
-        (b'{"text": ' + b"9" * 5000 + b"}", r"expected one JSON object per line, got Exceeds the limit"),
         (b'["text"]', "expected a JSON object, got list"),
         (b"null", "expected a JSON object, got NoneType"),
         (b'{"text": "gr\xfc\xdf"}', "expected UTF-8 .*, got bytes that are not UTF-8"),
@@ -204,6 +204,16 @@ def test_bad_lines(tmp_path, line, reason):
     path.write_bytes(b" \n" + line + b"\n")
     with pytest.raises(ValueError, match=r"a\.jsonl: expected records, got none"):
         read_records(path, BadRecords(1))
+
+
+def test_numbers_beyond_measure(tmp_path):
+    """They are no error of the line, but of the field that is read."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": ' + "9" * 5000 + ', "text": "one"}\n{"text": ' + "9" * 5000 + "}\n")
+    records = read_records(path)
+    assert records[0]["text"] == "one"
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 2: text: expected text, got 'inf' \(float\)"):
+        encode_records(records, Codec(lambda text, start: ([], 0)))
 
 
 def test_bad_arrays_and_texts(tmp_path):

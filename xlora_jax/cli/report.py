@@ -29,7 +29,7 @@ def command(
     rows: Annotated[int, typer.Option(help="Rows of each text at most; 0 for all.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
     skip_bad_records: Annotated[
-        int, typer.Option(help="Bad records to leave out and list; the next one is an error.", min=0)
+        int, typer.Option(help="Bad records to leave out and list; the next one is an error.")
     ] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for report.json and report.png.")] = None,

@@ -188,7 +188,7 @@ def command(
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     pack: Annotated[bool, typer.Option(help="Put several documents into a row.")] = True,
     skip_bad_records: Annotated[
-        int, typer.Option(help="Bad records to leave out and list; the next one ends the run.", min=0)
+        int, typer.Option(help="Bad records to leave out and list; the next one ends the run.")
     ] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(help="Rows per micro-batch, over all devices.")] = _DEFAULT.batch_size,
