@@ -308,17 +308,15 @@ def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
     if not wanted:
         return
     texts = list(render(chat, wanted))
-    if isinstance(texts[1], TemplateLimitError):
-        raise RecordError(
-            f"{place}: {chat.names[chat.learnt[0]]}: the chat template cannot write the messages up to this one: {texts[1]}"
-        ) from texts[1]
-    if any(isinstance(text, TemplateError) for text in texts) and any("content" not in m for m in chat.messages):
+    retry = not isinstance(texts[1], TemplateLimitError)
+    failed = sum(isinstance(text, TemplateError) for text in texts)
+    if retry and failed and any("content" not in message for message in chat.messages):
         # Templates of the simplest kind join the content of every message to other text, tool calls or not.
         filled = _changed(chat, {n: "" for n, m in enumerate(chat.messages) if "content" not in m})
         again = list(render(filled, wanted))
-        if sum(isinstance(text, TemplateError) for text in again) < sum(isinstance(t, TemplateError) for t in texts):
+        if sum(isinstance(text, TemplateError) for text in again) < failed:
             chat, texts = filled, again
-    if not _all_written(chat, texts):
+    if retry and not _all_written(chat, texts):
         # Templates of models that see pictures may read parts only, and write nothing of content that is text.
         in_parts = _changed(
             chat, {n: [{"type": "text", "text": m["content"]}] for n, m in enumerate(chat.messages) if m.get("content")}

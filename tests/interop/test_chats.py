@@ -141,12 +141,14 @@ def test_thinking_is_learnt_and_not_seen_later(tokenizer):
     messages = [
         *(user("a?"), assistant("A", reasoning_content="think a")),
         *(user("b?"), assistant("<think>\nthink b\n</think>\n\nB")),
+        *(user("c?"), assistant(None, reasoning_content="think c")),
     ]
     documents = encode_record({"messages": messages}, codec_of(made))
     assert learnt(documents) == expected(made, messages)
     assert parts(documents, made) == [
         "<think>\nthink a\n</think>\n\nA<|im_end|>\n",
         "<think>\nthink b\n</think>\n\nB<|im_end|>\n",
+        "<think>\nthink c\n</think>\n\n<|im_end|>\n",
     ]
     assert "think a" not in made.decode(documents[1].ids)
 
@@ -486,8 +488,10 @@ def chats(draw):
             call = {"type": "function", "function": {"name": "add", "arguments": {"a": draw(st.integers())}}}
             content = draw(st.one_of(st.none(), st.just(""), TEXTS))
             messages += [assistant(content, tool_calls=[call]), {"role": "tool", "content": draw(TEXTS)}]
-        thoughts = draw(st.one_of(st.none(), TEXTS))
-        messages.append(assistant(draw(TEXTS), reasoning_content=thoughts, name=None))
+        content = draw(TEXTS)
+        # Thinking alone, with a template that does not write any, is an error.
+        thoughts = draw(st.one_of(st.none(), TEXTS)) if content else None
+        messages.append(assistant(content, reasoning_content=thoughts, name=None))
     return messages
 
 

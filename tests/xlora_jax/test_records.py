@@ -115,7 +115,6 @@ PRUNED = [
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "disk", "dict", "dataset", "folder"])
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_hf_datasets(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     dataset = datasets.Dataset.from_list(ARROW)
