@@ -19,6 +19,9 @@ __all__ = ["TIME_LIMIT", "renderer_of"]
 TIME_LIMIT = 10.0
 """Seconds that a template may take for one record."""
 
+# Texts of a chat for which the limit is meant; a chat of many more answers gets more time.
+_USUAL = 50
+
 # Seconds until the process that renders has imported its libraries, on a slow disk.
 _START_LIMIT = 300.0
 
@@ -117,7 +120,7 @@ def renderer_of(tokenizer: Any, limit: float = TIME_LIMIT) -> Any:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        limit: seconds for the texts of one chat.
+        limit: seconds for the texts of one chat of usual length.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -138,7 +141,7 @@ def renderer_of(tokenizer: Any, limit: float = TIME_LIMIT) -> Any:
             "prefixes": list(prefixes),
         }
         try:
-            texts = _WORKER.ask(request, limit)["texts"]
+            texts = _WORKER.ask(request, limit * (1 + len(prefixes) // _USUAL))["texts"]
         except TemplateLimitError as error:
             return [TemplateLimitError(f"{error} (chat template of {name})")] * len(prefixes)
         return [

@@ -258,6 +258,13 @@ def _content(value: Any, where: str) -> str:
 
 def _check(value: Any, where: str) -> None:
     """Refuse what a tokenizer or a template cannot take, and what JSON cannot say."""
+    try:
+        _check_inside(value, where)
+    except RecursionError as error:
+        raise RecordError(f"{where}: expected a value of usual depth, got one that is nested too deeply") from error
+
+
+def _check_inside(value: Any, where: str) -> None:
     if isinstance(value, str):
         try:
             value.encode()
@@ -270,11 +277,11 @@ def _check(value: Any, where: str) -> None:
         for name, inner in value.items():
             if not isinstance(name, str):
                 raise RecordError(f"{where}: expected text as names, got {_shown(name)}")
-            _check(name, f"{where}: a name")
-            _check(inner, f"{where}.{name}")
+            _check_inside(name, f"{where}: a name")
+            _check_inside(inner, f"{where}.{name}")
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            _check(inner, f"{where}[{number}]")
+            _check_inside(inner, f"{where}[{number}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise RecordError(f"{where}: expected a finite number, got {value}")
     elif not (value is None or isinstance(value, bool | int | float)):

@@ -410,7 +410,10 @@ def nested(depth):
         ({"messages": TURNS, "tools": {"a": 1}}, "tools: expected a list of JSON schemas, got an object with 'a'"),
         ({"messages": TURNS, "chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object, got a list"),
         ({"messages": nested(5000)}, "nested too deeply|expected an object"),
-        ({"messages": TURNS, "tools": nested(5000)}, "nested too deeply"),
+        (
+            {"messages": TURNS, "tools": nested(5000)},
+            "tools: expected a value of usual depth, got one that is nested too",
+        ),
     ],
 )
 def test_records_that_cannot_be_learnt(tokenizer, record, reason):
