@@ -15,6 +15,7 @@ from xlora_jax.atomic import replace_json
 from xlora_jax.config import XLoraConfig
 from xlora_jax.training.config import TrainConfig
 from xlora_jax.training.data import Rows, encode_records, lay_out, read_records
+from xlora_jax.training.records import BadRecords
 from xlora_jax.training.trainer import TrainResult, mesh_of, train
 
 
@@ -25,7 +26,7 @@ class Job:
     Attributes:
         base: HF model directory or hub id, with its tokenizer.
         adapters: expert name -> PEFT LoRA directory or hub id.
-        data: what to learn: ``.jsonl``, ``.txt``, a directory of HF ``datasets``, or records.
+        data: data to learn: whatever :func:`xlora_jax.training.records.read_records` reads.
         output: directory of the run; the same job goes on where it stopped. The trained gate is in ``output/model``.
         eval_data: held-out data by name.
         checkpoint: trained X-LoRA to start from, in place of a new classifier.
@@ -35,6 +36,7 @@ class Job:
         dtype: of base and computation; None takes the one in config.json.
         expert_dtype: of the experts.
         layout: of ``output/model``: ``peft``, ``xlora`` or ``mistralrs``.
+        skip_bad_records: number of bad records to leave out, of all data together; the next one is an error.
         train: settings of the run.
     """
 
@@ -50,6 +52,7 @@ class Job:
     dtype: str | None = None
     expert_dtype: str = "float32"
     layout: str = "peft"
+    skip_bad_records: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -71,8 +74,10 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
 
     codec = load_codec(job.base)
 
+    bad = BadRecords(job.skip_bad_records)
+
     def rows_of(source: Any) -> Rows:
-        rows = lay_out(encode_records(read_records(source), codec), job.length, pack=job.pack)
+        rows = lay_out(encode_records(read_records(source, bad), codec, bad), job.length, pack=job.pack)
         if rows.cut or rows.dropped:
             warnings.warn(
                 f"{rows.cut} answers were cut off at {job.length} tokens, {rows.dropped} records have nothing to learn "
@@ -83,6 +88,7 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
 
     rows = rows_of(job.data)
     held_out = {name: rows_of(source) for name, source in job.eval_data.items()}
+    bad.warn()
     mesh = mesh_of(job.train)
     place = None if mesh is None else placer(mesh)
     options: dict[str, Any] = {"dtype": job.dtype, "expert_dtype": job.expert_dtype, "seed": job.train.seed}

@@ -1,12 +1,16 @@
-"""HF tokenizers as the functions that :mod:`xlora_jax.training.data` takes."""
+"""HF tokenizers as the functions that :mod:`xlora_jax.training.step.data` takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from interop.hf.auto import encode_text, load_tokenizer, render_chat
+from interop.hf.auto import encode_text, load_tokenizer
+from interop.hf.templates import TIME_LIMIT, renderer_of
 from xlora_jax.training.data import Codec
 
 __all__ = ["codec_of", "load_codec"]
@@ -17,21 +21,80 @@ def load_codec(base: str | Path, **hub_options: Any) -> Codec:
     return codec_of(load_tokenizer(base, **hub_options))
 
 
-def codec_of(tokenizer: Any) -> Codec:
+def codec_of(tokenizer: Any, template_seconds: float = TIME_LIMIT) -> Codec:
     """Make a codec of a transformers tokenizer: its encoding, its chat template, the tokens that begin and end a text.
 
     A text begins with ``bos`` only where the tokenizer itself would put it there.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template_seconds: seconds that the chat template may take for one record.
     """
+    template = getattr(tokenizer, "chat_template", None)
+    sources = list(template.values()) if isinstance(template, dict) else [template or ""]
 
-    def encode(text: str) -> list[int]:
-        return encode_text(tokenizer, text, add_special_tokens=False)
+    def reads(name: str) -> bool:
+        return any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources)
 
-    def chat(messages: Sequence[Mapping[str, str]], answer_follows: bool) -> list[int]:
-        text = render_chat(tokenizer, messages, add_generation_prompt=answer_follows)
-        # The template writes the special tokens itself.
-        return encode_text(tokenizer, text, add_special_tokens=False)
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     bos = tokenizer.bos_token_id
     begins = bos is not None and encode_text(tokenizer, "a", add_special_tokens=True)[:1] == [bos]
-    template = getattr(tokenizer, "chat_template", None)
-    return Codec(encode, bos if begins else None, tokenizer.eos_token_id, chat if template else None)
+    return Codec(
+        encode=_encoder(tokenizer),
+        bos=bos if begins else None,
+        eos=tokenizer.eos_token_id,
+        chat=renderer_of(tokenizer, template_seconds) if template else None,
+        reads=reads,
+        decode=decode,
+    )
+
+
+def _encoder(tokenizer: Any) -> Callable[[str, int], tuple[list[int], int]]:
+    if not getattr(tokenizer, "is_fast", False):
+        return _encoder_by_parts(tokenizer)
+    backend = None
+    if b'"trim_offsets":true' in _state_of(tokenizer.backend_tokenizer.post_processor):
+        # Its offsets leave out the spaces that a token begins or ends with: a copy that has not learnt this.
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.post_processor = None
+        backend.no_truncation()
+        backend.no_padding()
+
+    def encode(text: str, start: int) -> tuple[list[int], int]:
+        if backend is not None:
+            encoded = backend.encode(text, add_special_tokens=False)
+            ids, offsets = encoded.ids, encoded.offsets
+        else:
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        # Tokens hold their characters in order: the first that ends behind `start` is the first that reaches there.
+        return list(ids), bisect_right([end for _, end in offsets], start)
+
+    return encode
+
+
+def _state_of(processor: Any) -> bytes:
+    return b"" if processor is None else bytes(processor.__getstate__())
+
+
+def _encoder_by_parts(tokenizer: Any) -> Callable[[str, int], tuple[list[int], int]]:
+    """Encode without offsets: what comes before an answer, and the answer, where that makes no difference."""
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(text: str, start: int) -> tuple[list[int], int]:
+        whole = ids_of(text)
+        if not start:
+            return whole, 0
+        before = ids_of(text[:start])
+        if whole[: len(before)] != before:
+            raise ValueError(
+                f"tokens merge over the beginning of the answer {text[start : start + 40]!r}, and this tokenizer "
+                f"({type(tokenizer).__name__}) does not say which characters a token holds; use its fast version"
+            )
+        return whole, len(before)
+
+    return encode

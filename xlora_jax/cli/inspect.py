@@ -1,4 +1,4 @@
-"""``xlora-jax inspect``: what a directory is, and whether it would be loaded."""
+"""``xlora-jax inspect``: what a directory or a data file is, and whether it would be loaded."""
 
 from __future__ import annotations
 
@@ -15,28 +15,40 @@ def command(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="DIR...", help="Base models, LoRA adapters or X-LoRA checkpoints: directories or hub ids."
+            metavar="PATH...",
+            help="Base models, LoRA adapters or X-LoRA checkpoints: directories or hub ids. Or training data: files, "
+            "or directories of HF datasets.",
         ),
     ],
     base: Annotated[
-        str | None, typer.Option(help="HF base model, directory or hub id: would each of them go with it?")
+        str | None,
+        typer.Option(
+            help="HF base model, directory or hub id: would each of them go with it? Its tokenizer reads data."
+        ),
     ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row, for training data.")] = 1024,
 ) -> None:
     """Say what each path is, what is in it, and what would be refused and why.
 
-    Weights of base models are not read, only what their files say of them. The exit code is 1 if anything would be
-    refused.
+    Weights of base models are not read, only what their files say of them. Of training data it shows the records, the
+    share of learnt tokens, what is cut or dropped at a row length, and examples with the learnt tokens marked. The exit
+    code is 1 if anything would be refused.
     """
     from rich.console import Console
     from rich.table import Table
 
     from interop.inspection import inspect_path
+    from xlora_jax.cli.data_view import show_data
+    from xlora_jax.training.records import is_data
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
     refused = False
     for path in paths:
+        if is_data(path):
+            refused |= not show_data(console, path, base, length)
+            continue
         found = inspect_path(path, base)
         refused |= bool(found.refused)
         table = Table(show_header=False, title=cell(path), title_justify="left")

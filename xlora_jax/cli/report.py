@@ -22,13 +22,16 @@ __all__ = ["command"]
 def command(
     base: Annotated[str, typer.Argument(help="HF model directory or hub id, with its tokenizer.")],
     checkpoint: Annotated[str, typer.Option(help="Trained X-LoRA: PEFT's layout, the original one, or a hub id.")],
-    data: Annotated[list[str], typer.Option(help="NAME=FILE of texts (.jsonl, .txt or HF datasets). Repeatable.")],
+    data: Annotated[list[str], typer.Option(help="NAME=FILE of texts, as those of train. Repeatable.")],
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME=DIR of an expert; replaces the checkpoint's paths. Repeatable.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     rows: Annotated[int, typer.Option(help="Rows of each text at most; 0 for all.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    skip_bad_records: Annotated[
+        int, typer.Option(help="Bad records to leave out and list; the next one is an error.")
+    ] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for report.json and report.png.")] = None,
 ) -> None:
@@ -40,6 +43,7 @@ def command(
     from interop import load_xlora
     from interop.hf.tokenizer import load_codec
     from xlora_jax.training.data import encode_records, lay_out, read_records
+    from xlora_jax.training.records import BadRecords
     from xlora_jax.training.routing import make_routing_step
 
     try:
@@ -48,16 +52,20 @@ def command(
         texts = named(data, "--data")
         adapters = named(adapter or [], "--adapter") or None
         codec = load_codec(base)
+        bad = BadRecords(skip_bad_records)
         given = {
-            name: lay_out(encode_records(read_records(path), codec), length).arrays for name, path in texts.items()
+            name: lay_out(encode_records(read_records(path, bad), codec, bad), length) for name, path in texts.items()
         }
+        bad.warn()
         model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
+        for part in given.values():
+            part.check_vocabulary(model.module.config.vocab_size)
         step = partial(make_routing_step(model.xlora), model.params)
-        found = {name: _routing_of(step, arrays, rows, batch_size) for name, arrays in given.items()}
+        found = {name: _routing_of(step, part.arrays, rows, batch_size) for name, part in given.items()}
         _print(model.expert_names, found)
         if output is not None:
             _write(output, model, found)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         say(f"xlora-jax report: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -38,7 +38,10 @@ def command(
     adapter: Annotated[
         list[str], typer.Option(help="NAME=DIRECTORY of an expert, a PEFT LoRA adapter. Repeat it, one per expert.")
     ],
-    data: Annotated[str, typer.Option(help="What to learn: .jsonl, .txt, or a directory of HF datasets.")],
+    data: Annotated[
+        str,
+        typer.Option(help="What to learn: .jsonl, .json, .csv, .txt, .parquet, or HF datasets by directory or name."),
+    ],
     output: Annotated[str, typer.Option(help="Directory of the run. The same command goes on where it stopped.")],
     eval_data: Annotated[list[str], typer.Option("--eval", help="Held-out data; NAME=PATH for several.")] = [],  # noqa: B006
     checkpoint: Annotated[
@@ -56,6 +59,9 @@ def command(
     ] = "{}",
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     pack: Annotated[bool, typer.Option(help="Put several documents into a row.")] = True,
+    skip_bad_records: Annotated[
+        int, typer.Option(help="Bad records to leave out and list; the next one ends the run.")
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(help="Rows per micro-batch, over all devices.")] = _DEFAULT.batch_size,
     accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULT.accumulate,
@@ -84,8 +90,9 @@ def command(
 ) -> None:
     """Train the gate of an X-LoRA model (and its experts with --xlora '{"use_trainable_adapters": true}').
 
-    A line of JSONL is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}; of the first
-    two the answers alone are learnt. The trained gate is written to OUTPUT/model in PEFT's layout.
+    A record is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}; of the first two the
+    answers alone are learnt. "xlora-jax inspect DATA --base BASE" shows what is learnt of a file. The trained gate is
+    written to OUTPUT/model in PEFT's layout.
     """
     if distributed:
         jax.distributed.initialize()
@@ -128,11 +135,12 @@ def command(
             xlora=_json(xlora, "--xlora"),
             length=length,
             pack=pack,
+            skip_bad_records=skip_bad_records,
             dtype=dtype,
             train=config,
         )
         result = run_training(job, show_progress=True)
-    except (ValueError, TypeError, OSError, CheckpointError, NonFiniteError) as error:
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
         say(f"xlora-jax train: {error}", err=True)
         raise typer.Exit(1) from error
     if jax.process_index() != 0:

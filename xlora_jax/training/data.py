@@ -1,8 +1,7 @@
 """From texts to batches: records, tokens, rows of fixed length, and a deterministic, sharded, checkpointable loader.
 
-A record is a mapping with ``messages`` (chat: ``[{"role", "content"}, ...]``), or ``prompt`` and ``completion``, or
-``text``. In the first two the answers alone are learnt. Tokenizers come in as functions (:class:`Codec`): nothing here
-knows whose they are.
+:mod:`xlora_jax.training.records` reads records, and :mod:`xlora_jax.training.chats` finds their texts and answers.
+Tokenizers come in as functions (:class:`Codec`): nothing here depends on a tokenizer library.
 
 Rows are laid out once, before training, so that a row is the same in every epoch: what the scaling pass gives for it
 can be kept, and where the loader stands is one number. Axes: B rows, T tokens.
@@ -11,21 +10,24 @@ can be kept, and where the loader stands is one number. Axes: B rows, T tokens.
 from __future__ import annotations
 
 import bisect
-import json
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xlora_jax.token_ids import check_token_ids
+from xlora_jax.training.chats import REASONING, Chat, Render, answers_of, chat_of, form_of, text_of
 from xlora_jax.training.losses import IGNORED_LABEL
+from xlora_jax.training.records import BadRecords, Record, RecordError, Records, read_records
 
 __all__ = ["Codec", "Document", "Loader", "Rows", "encode_record", "encode_records", "lay_out", "read_records"]
 
 Ints = NDArray[np.int32]
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,26 @@ class Codec:
     """A tokenizer, as functions.
 
     Attributes:
-        encode: text to token ids, without special tokens.
+        encode: ``(text, start) -> (ids, first)``, token ids without special tokens, and the index of the first token
+            that holds a character at or behind ``start``, wholly or in part.
         bos: token that starts a document, or None.
         eos: token that ends a document or an answer, or None.
-        chat: ``(messages, answer_follows) -> ids``, the chat template; with ``answer_follows`` up to where the
-            assistant's next answer begins. None where there is no template.
+        chat: the chat template; None if there is none.
+        reads: whether the chat template reads a variable or key of this name.
+        decode: token ids to text, special tokens included.
     """
 
-    encode: Callable[[str], Sequence[int]]
+    encode: Callable[[str, int], tuple[Sequence[int], int]]
     bos: int | None = None
     eos: int | None = None
-    chat: Callable[[Sequence[Mapping[str, str]], bool], Sequence[int]] | None = None
+    chat: Render | None = None
+    reads: Callable[[str], bool] = lambda name: True
+    decode: Callable[[Sequence[int]], str] | None = None
 
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens of one record.
+    """Tokens to learn from, all in one context.
 
     Attributes:
         ids: int32 ``[n]``.
@@ -61,114 +67,133 @@ class Document:
     divisible: bool
 
 
-def read_records(source: str | Path | Iterable[Record]) -> Sequence[Record]:
-    """Read records.
-
-    Args:
-        source: a ``.jsonl`` file (one record per line), a ``.txt`` file (one document), a directory written by
-            ``datasets.Dataset.save_to_disk``, or records: a list, a ``datasets.Dataset``.
-
-    Raises:
-        ValueError: a line that is not a JSON object, an empty source, a file of another kind.
-    """
-    if not isinstance(source, str | Path):
-        records = cast(Sequence[Record], source if isinstance(source, Sequence) else list(source))
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise ValueError(f"{path}: expected a file or directory of records; there is nothing of this name")
-        if path.suffix == ".jsonl":
-            records = [_parse(line, path, number) for number, line in enumerate(_lines(path), 1) if line.strip()]
-        elif path.suffix == ".txt":
-            records = [{"text": path.read_text(encoding="utf-8")}]
-        elif path.is_dir() and (path / "dataset_info.json").exists():
-            records = _from_disk(path)
-        else:
-            raise ValueError(
-                f"{path}: expected a .jsonl or .txt file, or a directory written by datasets' save_to_disk"
-            )
-    if not len(records):
-        raise ValueError(f"{source if isinstance(source, str | Path) else 'the data'}: expected records, got none")
-    return records
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        yield from file
-
-
-def _parse(line: str, path: Path, number: int) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: expected one JSON object per line, got {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
-    return record
-
-
-def _from_disk(path: Path) -> Sequence[Record]:
-    try:
-        import datasets  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is a directory of HF datasets: pip install datasets, or export it as JSONL"
-        ) from error
-    found = datasets.load_from_disk(str(path))
-    if not isinstance(found, datasets.Dataset):
-        raise ValueError(f"{path}: expected one dataset, got a {type(found).__name__}; give one of its splits")
-    return list(found)
-
-
-def encode_record(record: Record, codec: Codec, where: str = "record") -> Document:
+def encode_record(record: Record, codec: Codec, place: str = "record") -> list[Document]:
     """Tokenize one record.
 
+    A chat becomes one document if that holds every answer in the context in which the model would generate it; else
+    several, one per answer where need be.
+
+    Args:
+        record: the record.
+        codec: the tokenizer.
+        place: where the record is, for errors.
+
     Raises:
-        ValueError: keys that are not those of a record, or a chat template that can't be followed.
+        RecordError: a field whose meaning is not plain, or messages that the chat template cannot write.
     """
-    start = [] if codec.bos is None else [codec.bos]
-    end = [] if codec.eos is None else [codec.eos]
-    if "messages" in record:
-        return _encode_chat(record["messages"], codec, where)
-    if "prompt" in record and "completion" in record:
-        prompt = start + list(codec.encode(record["prompt"]))
-        answer = list(codec.encode(record["completion"])) + end
-        return _document(prompt + answer, [False] * len(prompt) + [True] * len(answer), divisible=False)
-    if "text" in record:
-        ids = start + list(codec.encode(record["text"])) + end
-        return _document(ids, [True] * len(ids), divisible=True)
-    raise ValueError(
-        f"{where}: expected messages, or prompt and completion, or text; got {', '.join(record) or 'none'}"
-    )
+    return _documents(record, codec, place, Counter())
 
 
-def _document(ids: Sequence[int], learnt: Sequence[bool], divisible: bool) -> Document:
-    return Document(np.asarray(ids, np.int32), np.asarray(learnt, bool), divisible)
+def _documents(record: Record, codec: Codec, place: str, unread: Counter[str]) -> list[Document]:
+    """Tokenize a record, and count in ``unread`` the variables that it brings and the template does not read."""
+    try:
+        return _documents_of(record, codec, place, unread)
+    except RecursionError as error:
+        raise RecordError(f"{place}: expected a record, got values that are nested too deeply") from error
 
 
-def _encode_chat(messages: Sequence[Mapping[str, str]], codec: Codec, where: str) -> Document:
+def _documents_of(record: Record, codec: Codec, place: str, unread: Counter[str]) -> list[Document]:
+    form = form_of(record, place)
+    if form == "text":
+        return [_with_ends(text_of(record, "text", place), 0, codec, place, divisible=True)]
+    if form == "prompt" and isinstance(record["prompt"], str) and isinstance(record["completion"], str):
+        prompt, completion = text_of(record, "prompt", place), text_of(record, "completion", place)
+        return [_with_ends(prompt + completion, len(prompt), codec, place, divisible=False)]
+    chat = chat_of(record, form, place)
     if codec.chat is None:
-        raise ValueError(f"{where}: has messages, but the tokenizer has no chat template; use prompt and completion")
-    ids: list[int] = []
-    learnt: list[bool] = []
-    for number, message in enumerate(messages):
-        if message.get("role") != "assistant":
+        raise RecordError(
+            f"{place}: {form}: the tokenizer has no chat template; use prompt and completion as text, or a tokenizer "
+            f"with a chat_template"
+        )
+    unread.update(_unread(chat, codec, place))
+    documents: list[Document] = []
+    for answer in answers_of(chat, codec.chat, place):
+        ids, first = _encode(codec, answer.text, answer.start, place)
+        document = _document(ids, first, divisible=False)
+        for number, earlier in enumerate(documents):
+            # An earlier document that this one begins with: its answers have the same context in both.
+            size = len(earlier.ids)
+            if np.array_equal(document.ids[:size], earlier.ids):
+                document.learnt[:size] |= earlier.learnt
+                documents[number] = document
+                break
+        else:
+            documents.append(document)
+    return documents or [_document([], 0, divisible=False)]
+
+
+def _unread(chat: Chat, codec: Codec, place: str) -> set[str]:
+    """Return the names of what a chat brings and the template does not read.
+
+    Raises:
+        RecordError: an answer would be lost by that.
+    """
+    unread = {name for name in (*chat.options, *(["tools"] if chat.tools else [])) if not codec.reads(name)}
+    for name, message in zip(chat.names, chat.messages, strict=True):
+        thoughts = [field for field in REASONING if field in message]
+        if thoughts and not any(codec.reads(field) for field in REASONING):
+            unread.add(thoughts[0])
+        else:
+            thoughts = []
+        if "tool_calls" in message and not codec.reads("tool_calls"):
+            lost = "tool_calls"
+        elif thoughts and not message.get("content") and "tool_calls" not in message:
+            lost = thoughts[0]
+        else:
             continue
-        before = list(codec.chat(messages[:number], True))
-        after = list(codec.chat(messages[: number + 1], False))
-        if before[: len(ids)] != ids or after[: len(before)] != before:
-            raise ValueError(
-                f"{where}: the chat template writes earlier messages differently once message {number} has been added, "
-                f"so its answer can't be told from its prompt; use prompt and completion"
-            )
-        learnt += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
-        ids = after
-    return _document(ids, learnt, divisible=False)
+        raise RecordError(
+            f"{place}: {name}.{lost}: the chat template does not write {lost}; write it into content as the model is "
+            f"to generate it, or use a tokenizer whose template does"
+        )
+    return unread
 
 
-def encode_records(records: Iterable[Record], codec: Codec) -> list[Document]:
-    """Tokenize records; errors name the record by its number, from 0."""
-    return [encode_record(record, codec, f"record {number}") for number, record in enumerate(records)]
+def _with_ends(text: str, start: int, codec: Codec, place: str, *, divisible: bool) -> Document:
+    """Encode a text between the tokens that begin and end one, unless it has these already."""
+    ids, first = _encode(codec, text, start, place)
+    if codec.bos is not None and ids[:1] != [codec.bos]:
+        ids, first = [codec.bos, *ids], first + (not divisible)
+    if codec.eos is not None and (ids[-1:] != [codec.eos] or len(ids) <= first):
+        ids.append(codec.eos)
+    return _document(ids, first, divisible=divisible)
+
+
+def _encode(codec: Codec, text: str, start: int, place: str) -> tuple[list[int], int]:
+    try:
+        ids, first = codec.encode(text, start)
+    except ValueError as error:
+        raise RecordError(f"{place}: {error}") from error
+    return list(ids), first
+
+
+def _document(ids: Sequence[int], first: int, *, divisible: bool) -> Document:
+    return Document(np.asarray(ids, np.int32), np.arange(len(ids)) >= first, divisible)
+
+
+def encode_records(records: Iterable[Record], codec: Codec, bad: BadRecords | None = None) -> list[Document]:
+    """Tokenize records.
+
+    Args:
+        records: the records; those of :func:`read_records` know their files and lines, for errors.
+        codec: the tokenizer.
+        bad: counts bad records; by default the first one is an error.
+
+    Raises:
+        RecordError: a bad record more than ``bad`` allows.
+    """
+    bad = BadRecords() if bad is None else bad
+    documents: list[Document] = []
+    unread: Counter[str] = Counter()
+    for number, record in enumerate(records):
+        place = records.place(number) if isinstance(records, Records) else f"record {number}"
+        try:
+            documents += _documents(record, codec, place, unread)
+        except RecordError as error:
+            bad.add(error)
+    if unread:
+        listed = ", ".join(f"{name} (in {count} records)" for name, count in unread.items())
+        warnings.warn(f"the chat template does not read {listed}: as in generation, these have no effect", stacklevel=2)
+    return documents
 
 
 @dataclass(frozen=True)
@@ -178,13 +203,15 @@ class Rows:
     Attributes:
         arrays: ``input_ids`` and ``labels`` int32 ``[rows, T]``; packed ones also have ``positions`` (from each
             document's start) and ``segment_ids`` (1, 2, ... per row, 0 where there is nothing).
-        cut: documents whose end did not fit.
-        dropped: documents without a token to learn, which are left out.
+        cut: number of documents whose end did not fit.
+        dropped: number of documents without a token to learn, which are left out.
+        lengths: int32 ``[rows]``, tokens of each row; None if every place holds one.
     """
 
     arrays: Mapping[str, Ints]
     cut: int = 0
     dropped: int = 0
+    lengths: Ints | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -194,16 +221,29 @@ class Rows:
         """Return one row, with its number as ``row``."""
         return {**{name: array[row] for name, array in self.arrays.items()}, "row": np.int32(row)}
 
+    def count(self, rows: NDArray[np.int32] | None = None) -> int:
+        """Return the number of tokens, learnt or not, of the rows of these numbers or of all."""
+        if self.lengths is None:
+            return int(self.arrays["input_ids"].shape[1] * (len(self) if rows is None else np.size(rows)))
+        return int(self.lengths[slice(None) if rows is None else rows].sum())
+
     @property
     def fill(self) -> float:
         """Share of the rows' places that hold a token."""
-        if "segment_ids" in self.arrays:
-            return float((self.arrays["segment_ids"] != 0).mean())
-        return float((self.arrays["labels"] != IGNORED_LABEL).mean())
+        return self.count() / self.arrays["input_ids"].size
+
+    def check_vocabulary(self, vocab_size: int | None) -> None:
+        """Check every token id and every label against a vocabulary; None checks nothing.
+
+        Raises:
+            ValueError: an id below 0 or of at least ``vocab_size``; the message says where.
+        """
+        check_token_ids(self.arrays["input_ids"], vocab_size, "rows, input_ids")
+        check_token_ids(self.arrays["labels"], vocab_size, "rows, labels", ignored=IGNORED_LABEL)
 
     @classmethod
     def from_tokens(cls, input_ids: NDArray[Any], labels: NDArray[Any] | None = None) -> Rows:
-        """Rows of tokens ``[rows, T]`` that are there already; without labels every token is learnt."""
+        """Make rows of tokens ``[rows, T]`` that are there already; without labels every token is learnt."""
         ids = np.asarray(input_ids, np.int32)
         return cls({"input_ids": ids, "labels": ids.copy() if labels is None else np.asarray(labels, np.int32)})
 
@@ -244,6 +284,7 @@ def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) ->
         "positions": np.zeros(shape, np.int32),
         "segment_ids": np.zeros(shape, np.int32),
     }
+    lengths = np.array([sum(len(pieces[member].ids) for member in members) for members in bins], np.int32)
     for row, members in enumerate(bins):
         at = 0
         for segment, member in enumerate(members, 1):
@@ -257,7 +298,7 @@ def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) ->
             at += len(piece.ids)
     if not pack:
         del arrays["positions"], arrays["segment_ids"]
-    return Rows(arrays, cut, dropped)
+    return Rows(arrays, cut, dropped, lengths)
 
 
 def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -291,7 +332,8 @@ class _Share:
         self._first = process_index * self._own
 
     def __len__(self) -> int:
-        return int(len(self._rows) // self._batch * self._own)
+        # The rows repeat for ever, which grain writes as the largest length that there is; it still adds to it.
+        return int(min(len(self._rows), sys.maxsize // 2) // self._batch * self._own)
 
     def __getitem__(self, index: int) -> Any:
         batch, place = divmod(index, self._own)
@@ -303,6 +345,9 @@ class Loader:
 
     The batches depend on the seed alone, not on the number of processes, and where it stands is one number, the same on
     all of them: so training resumes on another mesh.
+
+    Attributes:
+        rows: the rows that it draws from.
     """
 
     def __init__(
@@ -340,6 +385,7 @@ class Loader:
                 f"shorter rows"
             )
         self._accumulate = accumulate
+        self.rows = rows
         shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
         dataset = grain.MapDataset.source(_Share(shuffled, batch_size, process_index, process_count))
         dataset = dataset.batch(batch_size // process_count * accumulate)

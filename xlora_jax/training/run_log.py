@@ -28,10 +28,10 @@ class RunLog:
         self.history: list[dict[str, Any]] = []
         self._start = self._mark = time.perf_counter()
         self._data = self._data_begun = 0.0
-        self._all_data = self._all_tokens = 0.0
+        self._all_data = self._all_tokens = self._all_learned = 0.0
         self._steps = 0
         self._losses: list[float] = []
-        self._tokens = 0.0
+        self._tokens = self._learned = 0.0
         self.latest: dict[str, float] = {}
 
     def begin_data(self) -> None:
@@ -42,11 +42,12 @@ class RunLog:
         """Stop that clock."""
         self._data += time.perf_counter() - self._data_begun
 
-    def step(self, number: int, metrics: Mapping[str, Any], last: bool = False) -> Mapping[str, float]:
-        """Take up one step's metrics, and write an entry when it is due."""
+    def step(self, number: int, metrics: Mapping[str, Any], tokens: int, last: bool = False) -> Mapping[str, float]:
+        """Take in one step's metrics and its number of tokens, learned or not; write an entry when it is due."""
         values = {name: float(value) for name, value in metrics.items()}
         self._steps += 1
-        self._tokens += values["tokens"]
+        self._tokens += tokens
+        self._learned += values["tokens"]
         if values["finite"]:
             self._losses.append(values["loss"])
         if number % self.config.log_every == 0 or last:
@@ -56,6 +57,7 @@ class RunLog:
                 "loss": float(np.mean(self._losses)) if self._losses else float("nan"),
                 **{name: value for name, value in values.items() if name in ("grad_norm", "regularization")},
                 "tokens_per_second": self._tokens / elapsed,
+                "learned_tokens_per_second": self._learned / elapsed,
                 "data_share": self._data / elapsed,
             }
             if self.schedule is not None:
@@ -63,8 +65,9 @@ class RunLog:
             self.write(number, "train", entry)
             self.latest = entry
             self._all_tokens += self._tokens
+            self._all_learned += self._learned
             self._all_data += self._data
-            self._mark, self._data, self._tokens, self._losses = now, 0.0, 0.0, []
+            self._mark, self._data, self._tokens, self._learned, self._losses = now, 0.0, 0.0, 0.0, []
         return {**self.latest, "loss": values["loss"]}
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -81,6 +84,7 @@ class RunLog:
         return {
             "steps_per_second": self._steps / elapsed,
             "tokens_per_second": self._all_tokens / elapsed,
+            "learned_tokens_per_second": self._all_learned / elapsed,
             "data_share": self._all_data / elapsed,
             **peak_memory(),
         }
@@ -106,13 +110,13 @@ def progress_bar(steps: int, started: int, show: bool) -> Iterator[Callable[...,
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s, {task.fields[learned]:,.0f} learned"),
         TextColumn("{task.fields[share]:.0%} in data"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
     with Progress(*columns) as bar:
-        task = bar.add_task("", total=steps, completed=started, loss=float("nan"), rate=0.0, share=0.0)
+        task = bar.add_task("", total=steps, completed=started, loss=float("nan"), rate=0.0, learned=0.0, share=0.0)
 
         def update(step: int, values: Mapping[str, float]) -> None:
             bar.update(
@@ -120,6 +124,7 @@ def progress_bar(steps: int, started: int, show: bool) -> Iterator[Callable[...,
                 completed=step,
                 loss=values["loss"],
                 rate=values.get("tokens_per_second", 0.0),
+                learned=values.get("learned_tokens_per_second", 0.0),
                 share=values.get("data_share", 0.0),
             )
 

@@ -57,7 +57,7 @@ class TrainResult:
         state: where training stands.
         finished: False where SIGTERM ended it early; the same call goes on from there.
         history: the entries of the metrics, of this call.
-        summary: steps per second, tokens per second, share of time in data, peak memory.
+        summary: steps per second, tokens per second (all, and learned ones), share of time in data, peak memory.
     """
 
     model: XLoraModel
@@ -109,7 +109,7 @@ def train(
         NonFiniteError: ``max_bad_steps`` steps in a row were not finite; the last batch lies in ``output``.
         CheckpointError: a checkpoint can't be written or read.
         RunLockedError: another process is training into ``output``.
-        ValueError: settings that do not go together.
+        ValueError: settings that do not go together, or a token that the base model has no row for.
     """
     trainer = Trainer(
         model,
@@ -144,6 +144,9 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.eval_rows = model, config, dict(eval_rows or {})
         self.output = None if output is None else Path(output)
+        vocab_size = getattr(model.module.config, "vocab_size", None)
+        for part in (rows, *self.eval_rows.values()):
+            part.check_vocabulary(vocab_size)
         self.mesh = mesh_of(config) if mesh is None else mesh
         self.own_optimizer = optimizer is not None
         self.optimizer = config.make_optimizer() if optimizer is None else optimizer
@@ -232,7 +235,7 @@ class Trainer:
     def _loop(self, started: int, progress: Callable[[int, Mapping[str, float]], None]) -> bool:
         """Take the steps after ``started``; return False if stopped by SIGTERM."""
         config = self.config
-        previous: tuple[jax.Array, Mapping[str, Any], Mapping[str, NDArray[Any]]] | None = None
+        previous: tuple[jax.Array, Mapping[str, Any], Mapping[str, NDArray[Any]], int] | None = None
         number = self._saved = started
         for number in range(started + 1, config.steps + 1):
             self.log.begin_data()
@@ -242,9 +245,10 @@ class Trainer:
             self.state, metrics = self._step(self.state, self.frozen, arrays)
             # The previous step is looked at while this one runs, so that the device never waits for the host.
             if previous is not None:
-                self._check_finite(number - 1, *previous)
-                progress(number - 1, self.log.step(number - 1, previous[1]))
-            previous = (jnp.copy(self.state.skipped_in_row), metrics, batch)
+                self._check_finite(number - 1, previous[0], previous[2])
+                progress(number - 1, self.log.step(number - 1, previous[1], previous[3]))
+            tokens = self.loader.rows.count(batch["row"]) * jax.process_count()
+            previous = (jnp.copy(self.state.skipped_in_row), metrics, batch, tokens)
             if self.checkpoints is not None:
                 self.checkpoints.check()
             stopping = self.stop.asked(number)
@@ -256,8 +260,8 @@ class Trainer:
             if stopping:
                 break
         if previous is not None:
-            progress(number, self.log.step(number, previous[1], last=True))
-            self._check_finite(number, *previous)
+            progress(number, self.log.step(number, previous[1], previous[3], last=True))
+            self._check_finite(number, previous[0], previous[2])
         if self.checkpoints is not None and number > self._saved:
             self._save(number)
             self.checkpoints.wait()
@@ -299,9 +303,7 @@ class Trainer:
             )
             self.log.write(number, "eval", {f"{name}_loss": loss})
 
-    def _check_finite(
-        self, step: int, skipped_in_row: jax.Array, metrics: Mapping[str, Any], batch: Mapping[str, NDArray[Any]]
-    ) -> None:
+    def _check_finite(self, step: int, skipped_in_row: jax.Array, batch: Mapping[str, NDArray[Any]]) -> None:
         if int(skipped_in_row) < self.config.max_bad_steps:
             return
         where = "give an output directory to have it saved"

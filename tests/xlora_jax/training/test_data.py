@@ -12,13 +12,16 @@ from xlora_jax.training.data import Codec, Document, Loader, Rows, encode_record
 BOS, EOS = 1, 2
 
 
-def encode(text):
-    return [ord(c) for c in text]
+def encode(text, start=0):
+    return [ord(c) for c in text], start
 
 
-def chat(messages, answer_follows):
-    text = "".join(f"<{m['role']}>{m['content']}</>" for m in messages) + ("<assistant>" if answer_follows else "")
-    return encode(text)
+def written(messages, answer_follows):
+    return "".join(f"<{m['role']}>{m['content']}</>" for m in messages) + ("<assistant>" if answer_follows else "")
+
+
+def chat(conversation, prefixes):
+    return [written(conversation.messages[:count], answer_follows) for count, answer_follows in prefixes]
 
 
 CODEC = Codec(encode, BOS, EOS, chat)
@@ -29,8 +32,9 @@ def text_of(ids):
 
 
 def test_answers_alone_are_learnt():
-    document = encode_record({"prompt": "ab", "completion": "cd"}, CODEC)
-    assert document.ids.tolist() == [BOS, *encode("abcd"), EOS]
+    (document,) = encode_record({"prompt": "ab", "completion": "cd"}, CODEC)
+    assert text_of(document.ids[1:-1]) == "abcd"
+    assert document.ids[[0, -1]].tolist() == [BOS, EOS]
     assert document.learnt.tolist() == [False, False, False, True, True, True]
     messages = [
         {"role": "system", "content": "s"},
@@ -40,14 +44,14 @@ def test_answers_alone_are_learnt():
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": "unanswered"},
     ]
-    document = encode_record({"messages": messages}, CODEC)
+    (document,) = encode_record({"messages": messages}, CODEC)
     assert text_of(document.ids[document.learnt]) == "one</>two</>"
     assert text_of(document.ids).endswith("<assistant>two</>")
 
 
 def test_text_is_learnt_whole():
-    document = encode_record({"text": "abc"}, CODEC)
-    assert document.ids.tolist() == [BOS, *encode("abc"), EOS]
+    (document,) = encode_record({"text": "abc"}, CODEC)
+    assert document.ids.tolist() == [BOS, *map(ord, "abc"), EOS]
     assert document.learnt.all()
     assert document.divisible
 
@@ -56,16 +60,27 @@ def test_what_is_no_record_is_refused():
     with pytest.raises(ValueError, match="record 1: expected messages, or prompt and completion, or text; got body"):
         encode_records([{"text": "x"}, {"body": "y"}], CODEC)
     with pytest.raises(ValueError, match="no chat template"):
-        encode_record({"messages": []}, Codec(encode))
+        encode_record({"messages": [{"role": "user", "content": "a"}]}, Codec(encode))
 
-    def forgetful(messages, answer_follows):
-        return chat(messages[-1:], answer_follows)
+
+def test_the_ends_of_a_text_are_not_doubled():
+    (document,) = encode_record({"text": "\x01abc\x02"}, CODEC)
+    assert document.ids.tolist() == [BOS, *map(ord, "abc"), EOS]
+    (document,) = encode_record({"prompt": "\x01a\x02", "completion": ""}, CODEC)
+    assert document.ids.tolist() == [BOS, ord("a"), EOS, EOS]
+    assert document.learnt.tolist() == [False, False, False, True]
+
+
+def test_one_document_per_answer_where_a_template_forgets():
+    def forgetful(conversation, prefixes):
+        return [written(conversation.messages[:n][-1:], answer_follows) for n, answer_follows in prefixes]
 
     messages = [
         {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     ]
-    with pytest.raises(ValueError, match="writes earlier messages differently"):
-        encode_record({"messages": messages}, Codec(encode, chat=forgetful))
+    documents = encode_record({"messages": messages}, Codec(encode, chat=forgetful))
+    assert [text_of(d.ids) for d in documents] == ["<user>a</><assistant>b</>", "<user>c</><assistant>d</>"]
+    assert [text_of(d.ids[d.learnt]) for d in documents] == ["b</>", "d</>"]
 
 
 def test_files(tmp_path):
@@ -85,6 +100,9 @@ def test_files(tmp_path):
         read_records(jsonl)
     with pytest.raises(ValueError, match="nothing of this name"):
         read_records(tmp_path / "c.csv")
+    (tmp_path / "d.docx").write_text("")
+    with pytest.raises(ValueError, match=r"expected a file named \.jsonl, .*got the ending '\.docx'"):
+        read_records(tmp_path / "d.docx")
 
 
 def test_hf_datasets(tmp_path):
@@ -170,6 +188,42 @@ def test_a_loader_goes_on_where_it_stood():
         got = next(again)
         assert got["input_ids"].shape == (3, 2, 3)
         assert all(np.array_equal(got[name], batch[name]) for name in batch)
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 1), (1, 2), (3, 1), (5, 1)])
+def test_batches_of_any_size(batch, accumulate):
+    loader = Loader(Rows.from_tokens(np.arange(5 * 3).reshape(5, 3)), batch, accumulate=accumulate)
+    drawn = [next(loader)["row"].ravel() for _ in range(5)]
+    assert sorted(np.concatenate(drawn)[:5].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused():
+    ids = np.arange(12).reshape(3, 4)
+    Rows.from_tokens(ids).check_vocabulary(12)
+    Rows.from_tokens(ids, np.where(ids % 2, ids, -100)).check_vocabulary(12)
+    with pytest.raises(
+        ValueError, match=r"rows, input_ids: expected token ids from 0 to 10, .* got 11 at \[2, 3\].*use the base"
+    ):
+        Rows.from_tokens(ids).check_vocabulary(11)
+    with pytest.raises(ValueError, match=r"rows, input_ids: expected token ids from 0 to 11, .* got -1 at \[0, 0\]"):
+        Rows.from_tokens(ids - 1).check_vocabulary(12)
+    for label in (-1, 12):
+        labels = np.where(ids == 5, label, ids)
+        with pytest.raises(
+            ValueError, match=rf"rows, labels: expected token ids from 0 to 11.* or -100, got {label} at \[1, 1\]"
+        ):
+            Rows.from_tokens(ids, labels).check_vocabulary(12)
+
+
+def test_tokens_are_counted_whether_learnt_or_not():
+    parts = [Document(np.arange(5) + 10, np.arange(5) > 3, False), Document(np.arange(3) + 10, np.arange(3) > 1, False)]
+    for pack in (True, False):
+        rows = lay_out(parts, 9, pack=pack)
+        assert rows.count() == 8
+        assert rows.fill == 8 / (9 * len(rows))
+    assert [rows.count(np.array([n])) for n in (0, 1, 1)] == [5, 3, 3]
+    assert rows.count(np.array([[1, 1]])) == 6
+    assert Rows.from_tokens(np.ones((2, 3), int)).count(np.array([1])) == 3
 
 
 def test_batches_that_cannot_be_dealt_out_are_refused():

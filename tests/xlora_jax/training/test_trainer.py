@@ -69,6 +69,15 @@ def test_the_kept_scaling_pass_of_a_bfloat16_model_takes_half_the_room(tmp_path)
     assert {path.stat().st_size for path in tmp_path.rglob("*.npy")} == {128 + 10 * 32 * 2}
 
 
+def test_tokens_that_the_base_has_not_are_refused_before_anything_is_learnt(tmp_path):
+    beyond = Rows.from_tokens(np.where(ROWS.arrays["input_ids"] == 7, VOCAB, ROWS.arrays["input_ids"]))
+    model = handle()
+    for rows, held_out in ((beyond, {}), (ROWS, {"held": beyond})):
+        with pytest.raises(ValueError, match=rf"expected a token id from 0 to {VOCAB - 1}, .* got {VOCAB}"):
+            train(model, rows, CONFIG, eval_rows=held_out, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_many_bad_steps_stop_the_run_with_the_batch_saved(tmp_path):
     model = handle()
     norm = model.params["base"]["norm"]["scale"]
