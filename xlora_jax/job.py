@@ -103,6 +103,9 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
     else:
         model = load_xlora(job.base, adapters=dict(job.adapters), config=_config_for(job), place=place, **options)
     output = Path(job.output)
+    if jax.process_index() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        replace_json(output / "job.json", _describe(job))
     result = train(
         model,
         rows,
@@ -114,7 +117,6 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
     )
     if result.finished and jax.process_index() == 0:
         save_xlora(result.model, output / "model", layout=job.layout)
-        replace_json(output / "job.json", _describe(job))
     return result
 
 

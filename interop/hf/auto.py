@@ -7,6 +7,7 @@ also reads a tokenizer's files wherever links lead. Here links are refused as th
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json
 from interop.storage.hub import resolve
 
-__all__ = ["encode_text", "load_hf_config", "load_tokenizer", "render_chat"]
+__all__ = ["encode_text", "load_hf_config", "load_tokenizer", "warn_of_added_tokens"]
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -72,6 +73,26 @@ def load_tokenizer(base: str | Path, **hub_options: Any) -> Any:
     return tokenizer
 
 
+def warn_of_added_tokens(tokenizer: Any, vocab_size: int | None) -> None:
+    """Warn of tokens of a tokenizer that the base has no rows for.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        vocab_size: V, rows of the base's embedding; None if unknown.
+    """
+    if not vocab_size:
+        return
+    beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= vocab_size)
+    if beyond:
+        warnings.warn(
+            f"{getattr(tokenizer, 'name_or_path', 'the tokenizer')}: {len(beyond)} tokens have no row in the base's "
+            f"embedding of {vocab_size} ({listed(beyond)}), and a text that holds one is refused. Use the base that "
+            f"was resized for them (resize_token_embeddings), or the base's own tokenizer.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
     """Encode a text to token ids.
 
@@ -84,27 +105,6 @@ def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[
         raise FormatError(
             f"{getattr(tokenizer, 'name_or_path', '')}: the tokenizer fails on the text {brief(text)} "
             f"({brief(str(error), 300)}); is its vocabulary whole? Download or save it again."
-        ) from error
-
-
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-    """Put messages into the tokenizer's chat template.
-
-    Raises:
-        FormatError: the template refuses them or fails; the message names where the template comes from.
-    """
-    import jinja2
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, tokenize=False)
-        )
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-        where = _template_file(Path(str(getattr(tokenizer, "name_or_path", ""))))
-        roles = listed(str(message.get("role")) for message in messages)
-        raise FormatError(
-            f"{where}: the chat template fails on messages of {roles}: {brief(str(error), 300)}. Use the roles that it "
-            f"allows, or correct the template."
         ) from error
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from xlora_jax.cli.pairs import named
+from xlora_jax.cli.options import Adapters, Base, Quiet, json_object, named_paths
+from xlora_jax.cli.progress import working
 from xlora_jax.cli.terminal import say
 
 __all__ = ["command"]
@@ -20,7 +21,7 @@ Option = typer.Option
 
 
 def command(
-    base: Annotated[str, typer.Argument(help="HF base model: directory or hub id.")],
+    base: Base,
     prompt: Annotated[
         str | None, Option("--prompt", "-p", help="The prompt; '-' reads it from standard input.")
     ] = None,
@@ -30,10 +31,7 @@ def command(
     checkpoint: Annotated[
         str | None, Option(help="Trained X-LoRA, PEFT's layout or the original. Without it the base model speaks.")
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        Option(help="name=DIR of an expert, in the checkpoint's order; replaces the checkpoint's paths. Repeatable."),
-    ] = None,
+    adapter: Adapters = None,
     chat: Annotated[bool, Option("--chat", help="Put each prompt into the tokenizer's chat template.")] = False,
     system: Annotated[str | None, Option(help="System message of the chat.")] = None,
     max_new_tokens: Annotated[int | None, Option(help="Tokens to generate at most.")] = None,
@@ -58,6 +56,18 @@ def command(
         bool | None, Option(help="Print while generating. Default: if there is one text to print.")
     ] = None,
     stats: Annotated[bool, Option("--stats", help="Print tokens/s, acceptance and reads of the weights.")] = False,
+    generation_config: Annotated[
+        Path | None, Option(help="Read this file in place of the model's generation_config.json.")
+    ] = None,
+    settings: Annotated[
+        str,
+        Option(
+            "--set",
+            help="Other fields of generation_config.json or GenerationConfig, as JSON: "
+            '\'{"no_repeat_ngram_size": 0, "beyond_context": true}\'.',
+        ),
+    ] = "{}",
+    quiet: Quiet = False,
 ) -> None:
     """Generate text with an X-LoRA model, or with its base alone.
 
@@ -65,7 +75,7 @@ def command(
     """
     # Imported here: `--help` answers at once.
     from interop import FormatError, load_base, load_xlora
-    from interop.hf.auto import load_tokenizer
+    from interop.hf.auto import load_tokenizer, warn_of_added_tokens
     from interop.hf.generation_config import load_generation_config
     from xlora_jax.generation.text import StopStrings, TextStream
 
@@ -91,19 +101,22 @@ def command(
             "prefill_chunk": prefill_chunk,
         }
         config = dataclasses.replace(
-            load_generation_config(base),
+            load_generation_config(base, file=generation_config, changes=json_object(settings, "--set")),
             seed=seed,
             draft=draft,
             **{name: value for name, value in given.items() if value is not None},
         )
-        # Blocks side by side: slower to compile than stacked ones, and faster from the first tokens on.
-        if checkpoint is None:
-            if adapter:
-                raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
-            model: Any = load_base(base, dtype=dtype, scan_layers=False)
-        else:
-            adapters = named(adapter or [], "--adapter") or None
-            model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
+        adapters = named_paths(adapter, "--adapter") or None
+        if adapters and checkpoint is None:
+            raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
+        with working(f"loading {base}", quiet=quiet):
+            # Blocks side by side: slower to compile than stacked ones, and faster from the first tokens on.
+            model: Any = (
+                load_base(base, dtype=dtype, scan_layers=False)
+                if checkpoint is None
+                else load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
+            )
+            warn_of_added_tokens(tokenizer, model.module.config.vocab_size)
         ids, mask = _encode(tokenizer, texts, chat=chat, system=system)
         rows = len(ids) * config.num_return_sequences
         if stream and rows > 1:
@@ -114,7 +127,8 @@ def command(
                 say(text.push(tokens), nl=False)
             say(text.close())
         else:
-            out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
+            with working("generating", quiet=quiet):
+                out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
             for row, tokens in enumerate(out.tolist()):
                 if rows > 1:
                     say(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
@@ -133,36 +147,51 @@ def _read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:
     if prompts is None:
         assert prompt is not None
         return [typer.get_text_stream("stdin").read() if prompt == "-" else prompt]
-    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        content = prompts.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompts}: expected UTF-8 ({error}); convert the file") from error
+    # Only a newline ends a prompt: form feeds and U+2028, where `splitlines` cuts too, are text.
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{prompts}: no prompts; expected one a line")
     if prompts.suffix != ".jsonl":
-        return lines
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{prompts}, line {number}: expected a JSON string, got {line!r}") from error
-        if not isinstance(texts[-1], str):
-            raise ValueError(f"{prompts}, line {number}: expected a JSON string, got {line!r}")
-    return texts
+        return [line for _, line in lines]
+    return [_json_string(line, f"{prompts}, line {number}") for number, line in lines]
+
+
+def _json_string(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)
+        if not isinstance(text, str):
+            raise TypeError(f"a {type(text).__name__}")
+        text.encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: expected a JSON string of whole characters, got {line[:200]!r} ({error})"
+        ) from error
+    return text
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | None) -> tuple[Any, Any]:
     """Token ids and mask, int32 ``[B, T]``, padded on the left."""
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
-    from interop.hf.auto import encode_text, render_chat
+    from interop.hf.auto import encode_text
+    from interop.hf.templates import renderer_of
+    from xlora_jax.training.chats import Chat
 
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("--chat: this model's tokenizer has no chat template")
         before = [] if system is None else [{"role": "system", "content": system}]
-        texts = [
-            render_chat(tokenizer, [*before, {"role": "user", "content": text}], add_generation_prompt=True)
-            for text in texts
-        ]
+        render = renderer_of(tokenizer)
+        chats = [Chat([*before, {"role": "user", "content": text}]) for text in texts]
+        written = [render(chat, [(len(chat.messages), True)])[0] for chat in chats]
+        for text in written:
+            if isinstance(text, Exception):
+                raise text
+        texts = [str(text) for text in written]
     # A template writes the special tokens itself.
     encoded = [encode_text(tokenizer, text, add_special_tokens=not chat) for text in texts]
     width = max(map(len, encoded))

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from xlora_jax.cli.options import Quiet
+from xlora_jax.cli.progress import working
 from xlora_jax.cli.terminal import cell
 
 __all__ = ["command"]
@@ -27,6 +29,7 @@ def command(
         ),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens per row, for training data.")] = 1024,
+    quiet: Quiet = False,
 ) -> None:
     """Say what each path is, what is in it, and what would be refused and why.
 
@@ -47,16 +50,18 @@ def command(
     refused = False
     for path in paths:
         if is_data(path):
-            refused |= not show_data(console, path, base, length)
+            with working(f"reading {path}", quiet=quiet):
+                refused |= not show_data(console, path, base, length)
             continue
-        found = inspect_path(path, base)
+        with working(f"reading {path}", quiet=quiet):
+            found = inspect_path(path, base)
         refused |= bool(found.refused)
         table = Table(show_header=False, title=cell(path), title_justify="left")
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")
         rows = [("what it is", found.kind, "")]
         rows += [(topic, fact, "") for topic, fact in found.facts.items()]
-        rows += [("note", note, "yellow") for note in found.notes]
+        rows += [("note", note, "yellow") for note in ([] if quiet else found.notes)]
         rows += [("refused", reason, "red") for reason in found.refused]
         for topic, text, style in rows:
             table.add_row(cell(topic), cell(text, style))

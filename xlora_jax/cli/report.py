@@ -13,19 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from xlora_jax.atomic import replace_json, replacing_file
-from xlora_jax.cli.pairs import named
+from xlora_jax.cli.options import Adapters, Base, Quiet, named_paths
+from xlora_jax.cli.progress import tracked, working
 from xlora_jax.cli.terminal import cell, say, visible
 
 __all__ = ["command"]
 
 
 def command(
-    base: Annotated[str, typer.Argument(help="HF model directory or hub id, with its tokenizer.")],
+    base: Base,
     checkpoint: Annotated[str, typer.Option(help="Trained X-LoRA: PEFT's layout, the original one, or a hub id.")],
     data: Annotated[list[str], typer.Option(help="NAME=FILE of texts, as those of train. Repeatable.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIR of an expert; replaces the checkpoint's paths. Repeatable.")
-    ] = None,
+    adapter: Adapters = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     rows: Annotated[int, typer.Option(help="Rows of each text at most; 0 for all.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
@@ -34,6 +33,7 @@ def command(
     ] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for report.json and report.png.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Tell for each text what the experts are worth, and which of them the gate takes, layer by layer.
 
@@ -49,19 +49,21 @@ def command(
     try:
         if output is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
-        texts = named(data, "--data")
-        adapters = named(adapter or [], "--adapter") or None
-        codec = load_codec(base)
+        texts, adapters = named_paths(data, "--data"), named_paths(adapter, "--adapter") or None
         bad = BadRecords(skip_bad_records)
-        given = {
-            name: lay_out(encode_records(read_records(path, bad), codec, bad), length) for name, path in texts.items()
-        }
-        bad.warn()
-        model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
+        with working("reading texts", quiet=quiet):
+            codec = load_codec(base)
+            given = {
+                name: lay_out(encode_records(read_records(path, bad), codec, bad), length)
+                for name, path in texts.items()
+            }
+            bad.warn()
+        with working(f"loading {base}", quiet=quiet):
+            model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
         for part in given.values():
             part.check_vocabulary(model.module.config.vocab_size)
         step = partial(make_routing_step(model.xlora), model.params)
-        found = {name: _routing_of(step, part.arrays, rows, batch_size) for name, part in given.items()}
+        found = {name: _routing_of(step, part.arrays, rows, batch_size, name, quiet) for name, part in given.items()}
         _print(model.expert_names, found)
         if output is not None:
             _write(output, model, found)
@@ -70,8 +72,10 @@ def command(
         raise typer.Exit(1) from error
 
 
-def _routing_of(step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int, batch_size: int) -> Any:
-    """The means over a text, as NumPy arrays."""
+def _routing_of(
+    step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int, batch_size: int, name: str, quiet: bool
+) -> Any:
+    """Return the means over a text, as NumPy arrays."""
     import jax
     import numpy as np
 
@@ -79,13 +83,14 @@ def _routing_of(step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int
 
     total = None
     count = len(arrays["input_ids"]) if rows == 0 else min(rows, len(arrays["input_ids"]))
-    for start in range(0, count, batch_size):
+    starts = range(0, count, batch_size)
+    for start in tracked(starts, name, total=len(starts), quiet=quiet):
         batch = {}
-        for name, array in arrays.items():
+        for field, array in arrays.items():
             part = array[start : min(start + batch_size, count)]
             # One compiled shape: rows in which nothing is predicted fill the last batch.
-            fill = IGNORED_LABEL if name == "labels" else 0
-            batch[name] = np.pad(part, ((0, batch_size - len(part)), (0, 0)), constant_values=fill)
+            fill = IGNORED_LABEL if field == "labels" else 0
+            batch[field] = np.pad(part, ((0, batch_size - len(part)), (0, 0)), constant_values=fill)
         part = step(batch)
         total = part if total is None else total + part
     assert total is not None

@@ -1,145 +1,136 @@
-"""``xlora-jax train``, and the same as a Python call: :func:`run_training`."""
+"""``xlora-jax train``: :func:`xlora_jax.run_training` from the command line."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import typer
 
+from xlora_jax.cli.options import Quiet, json_object, named_paths, read_settings_file
 from xlora_jax.cli.terminal import say
 from xlora_jax.job import Job, run_training
 from xlora_jax.training.checkpoints import CheckpointError
 from xlora_jax.training.config import TrainConfig
 from xlora_jax.training.trainer import NonFiniteError
 
-__all__ = ["Job", "command", "run_training"]
+__all__ = ["command"]
 
-
-def _named(values: list[str], option: str) -> dict[str, str]:
-    named = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not separator or not name or not path:
-            raise typer.BadParameter(f"expected NAME=DIRECTORY, got {value!r}", param_hint=option)
-        if name in named:
-            raise typer.BadParameter(f"the name {name!r} is given twice", param_hint=option)
-        named[name] = path
-    return named
-
-
-_DEFAULT = TrainConfig()
+Option = typer.Option
+_RUN_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
+_JOB_FIELDS = {field.name for field in dataclasses.fields(Job)}
 
 
 def command(
-    base: Annotated[str, typer.Option(help="Base model: an HF directory or hub id, with its tokenizer.")],
+    base: Annotated[str | None, Option(help="HF base model with its tokenizer: directory or hub id.")] = None,
     adapter: Annotated[
-        list[str], typer.Option(help="NAME=DIRECTORY of an expert, a PEFT LoRA adapter. Repeat it, one per expert.")
-    ],
-    data: Annotated[
-        str,
-        typer.Option(help="What to learn: .jsonl, .json, .csv, .txt, .parquet, or HF datasets by directory or name."),
-    ],
-    output: Annotated[str, typer.Option(help="Directory of the run. The same command goes on where it stopped.")],
-    eval_data: Annotated[list[str], typer.Option("--eval", help="Held-out data; NAME=PATH for several.")] = [],  # noqa: B006
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Start from this trained X-LoRA instead of a new gate.")
+        list[str] | None,
+        Option(metavar="NAME=DIR", help="An expert: PEFT LoRA directory or hub id. Repeatable, one for each expert."),
     ] = None,
+    data: Annotated[
+        str | None,
+        Option(help="Data to learn: .jsonl, .json, .csv, .txt, .parquet, or HF datasets by directory or name."),
+    ] = None,
+    output: Annotated[
+        str | None, Option(help="Directory of the run. The same command goes on where it stopped.")
+    ] = None,
+    config: Annotated[
+        Path | None, Option(help="Settings as YAML or JSON: any field of the job, as in OUTPUT/job.json. Options win.")
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None, Option("--eval", help="Held-out data; NAME=PATH for several. Repeatable.")
+    ] = None,
+    checkpoint: Annotated[str | None, Option(help="Start from this trained X-LoRA instead of a new gate.")] = None,
     xlora: Annotated[
-        str, typer.Option(help="Settings of the gate, as JSON with PEFT's names: '{\"xlora_depth\": 2}'.")
-    ] = "{}",
+        str | None, Option(help="Settings of the gate, as JSON with PEFT's names: '{\"xlora_depth\": 2}'.")
+    ] = None,
     settings: Annotated[
-        str,
-        typer.Option(
-            "--set",
-            help='Any other field of TrainConfig, as JSON: \'{"b2": 0.95, "z_loss": 0.001, "keep_checkpoints": 3}\'.',
-        ),
-    ] = "{}",
-    length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
-    pack: Annotated[bool, typer.Option(help="Put several documents into a row.")] = True,
+        str | None,
+        Option("--set", help='Other fields of TrainConfig, as JSON: \'{"b2": 0.95, "z_loss": 0.001}\'.'),
+    ] = None,
+    length: Annotated[int | None, Option(help="Tokens per row; default 1024.")] = None,
+    pack: Annotated[bool | None, Option(help="Put several documents into a row; the default.")] = None,
     skip_bad_records: Annotated[
-        int, typer.Option(help="Bad records to leave out and list; the next one ends the run.")
-    ] = 0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _DEFAULT.steps,
-    batch_size: Annotated[int, typer.Option(help="Rows per micro-batch, over all devices.")] = _DEFAULT.batch_size,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = _DEFAULT.accumulate,
-    optimizer: Annotated[str, typer.Option(help="adamw, adam, lion, adafactor or sgd.")] = _DEFAULT.optimizer,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULT.learning_rate,
-    schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = _DEFAULT.schedule,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = _DEFAULT.warmup,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = _DEFAULT.weight_decay,
-    max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient's norm; 0 does not.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the new gate, the data's order and the dropouts.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
-    remat: Annotated[str | None, typer.Option(help="Save memory: full, dots or dots_and_attention.")] = None,
-    attention: Annotated[str | None, typer.Option(help="xla, or cudnn (flash attention on NVIDIA GPUs).")] = None,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: at the end.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: at the end.")] = 100,
-    log_every: Annotated[int, typer.Option(help="Steps between entries of metrics.jsonl.")] = _DEFAULT.log_every,
+        int | None, Option(help="Bad records to leave out and list, default 0; the next one ends the run.")
+    ] = None,
+    steps: Annotated[int | None, Option(help="Optimizer steps; default 1000.")] = None,
+    batch_size: Annotated[int | None, Option(help="Rows per micro-batch, over all devices; default 8.")] = None,
+    accumulate: Annotated[int | None, Option(help="Micro-batches per step; default 1.")] = None,
+    optimizer: Annotated[str | None, Option(help="adamw (default), adam, lion, adafactor or sgd.")] = None,
+    learning_rate: Annotated[float | None, Option(help="Peak learning rate; default 0.001.")] = None,
+    schedule: Annotated[str | None, Option(help="constant, linear or cosine (default).")] = None,
+    warmup: Annotated[int | None, Option(help="Steps of linear warm-up; default 0.")] = None,
+    weight_decay: Annotated[float | None, Option(help="Decoupled weight decay; default 0.")] = None,
+    max_grad_norm: Annotated[float | None, Option(help="Clip the gradient's norm, default 1; 0 does not clip.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of the new gate, data order and dropout; default 0.")] = None,
+    dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
+    remat: Annotated[str | None, Option(help="Save memory: full, dots or dots_and_attention.")] = None,
+    attention: Annotated[str | None, Option(help="xla, or cudnn (flash attention on NVIDIA GPUs).")] = None,
+    eval_every: Annotated[int | None, Option(help="Steps between evaluations; default 0: at the end.")] = None,
+    checkpoint_every: Annotated[
+        int | None, Option(help="Steps between checkpoints, default 100; 0: at the end.")
+    ] = None,
+    log_every: Annotated[int | None, Option(help="Steps between entries of metrics.jsonl; default 10.")] = None,
     scaling_cache: Annotated[
-        str, typer.Option(help="off, memory or disk: keep what the scaling pass gives from epoch to epoch.")
-    ] = _DEFAULT.scaling_cache,
+        str | None, Option(help="off (default), memory or disk: keep the scaling pass from epoch to epoch.")
+    ] = None,
     data_axis: Annotated[
-        int, typer.Option("--data-parallel", help="Mesh: copies of the model; -1: what is left.")
-    ] = -1,
-    fsdp: Annotated[int, typer.Option(help="Mesh: devices that share the parameters.")] = 1,
-    tensor: Annotated[int, typer.Option(help="Mesh: devices that share each layer's width.")] = 1,
-    distributed: Annotated[bool, typer.Option(help="Start jax.distributed: one process of several (a pod).")] = False,
+        int | None, Option("--data-parallel", help="Mesh: copies of the model; default -1: all devices left.")
+    ] = None,
+    fsdp: Annotated[int | None, Option(help="Mesh: devices that share the parameters; default 1.")] = None,
+    tensor: Annotated[int | None, Option(help="Mesh: devices that share each layer's width; default 1.")] = None,
+    distributed: Annotated[bool, Option(help="Start jax.distributed: one process of several (a pod).")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train the gate of an X-LoRA model (and its experts with --xlora '{"use_trainable_adapters": true}').
 
     A record is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}; of the first two the
-    answers alone are learnt. "xlora-jax inspect DATA --base BASE" shows what is learnt of a file. The trained gate is
-    written to OUTPUT/model in PEFT's layout.
+    answers alone are learned. "xlora-jax inspect DATA --base BASE" shows what is learned of a file. The trained gate is
+    written to OUTPUT/model in PEFT's layout, the settings of the run to OUTPUT/job.json.
     """
     if distributed:
         jax.distributed.initialize()
-    named_eval = {}
-    for value in eval_data:
-        name, separator, path = value.partition("=")
-        named_eval.update({name: path} if separator else {"eval": value})
     try:
-        config = TrainConfig(
-            **{
-                "steps": steps,
-                "batch_size": batch_size,
-                "accumulate": accumulate,
-                "optimizer": optimizer,
-                "learning_rate": learning_rate,
-                "schedule": schedule,
-                "warmup": warmup,
-                "weight_decay": weight_decay,
-                "max_grad_norm": max_grad_norm or None,
-                "seed": seed,
-                "remat": remat,
-                "attention": attention,
-                "eval_every": eval_every,
-                "checkpoint_every": checkpoint_every,
-                "log_every": log_every,
-                "scaling_cache": scaling_cache,
-                "data": data_axis,
-                "fsdp": fsdp,
-                "tensor": tensor,
-                **_json(settings, "--set"),
-            }
-        )
-        job = Job(
-            base=base,
-            adapters=_named(adapter, "--adapter"),
-            data=data,
-            output=output,
-            eval_data=named_eval,
-            checkpoint=checkpoint,
-            xlora=_json(xlora, "--xlora"),
-            length=length,
-            pack=pack,
-            skip_bad_records=skip_bad_records,
-            dtype=dtype,
-            train=config,
-        )
-        result = run_training(job, show_progress=True)
+        given = {
+            "base": base,
+            "adapters": named_paths(adapter, "--adapter") or None,
+            "data": data,
+            "output": output,
+            "eval_data": _held_out(eval_data or []) or None,
+            "checkpoint": checkpoint,
+            "xlora": None if xlora is None else json_object(xlora, "--xlora"),
+            "length": length,
+            "pack": pack,
+            "skip_bad_records": skip_bad_records,
+            "dtype": dtype,
+        }
+        run = {
+            "steps": steps,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "seed": seed,
+            "remat": remat,
+            "attention": attention,
+            "eval_every": eval_every,
+            "checkpoint_every": checkpoint_every,
+            "log_every": log_every,
+            "scaling_cache": scaling_cache,
+            "data": data_axis,
+            "fsdp": fsdp,
+            "tensor": tensor,
+            **json_object(settings or "{}", "--set"),
+        }
+        job = _job(given, run, config)
+        result = run_training(job, show_progress=not quiet)
     except (ValueError, TypeError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
         say(f"xlora-jax train: {error}", err=True)
         raise typer.Exit(1) from error
@@ -148,18 +139,39 @@ def command(
     if not result.finished:
         say(f"Stopped by SIGTERM at step {int(result.state.step)}, saved. The same command goes on from there.")
         return
-    held_out = [entry for entry in result.history if entry["kind"] == "eval" and entry["step"] == steps]
-    for entry in held_out:
-        say(", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name.endswith("_loss")))
+    last = job.train.steps
+    for entry in result.history:
+        if entry["kind"] == "eval" and entry["step"] == last:
+            say(", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name.endswith("_loss")))
     say(", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in result.summary.items()))
-    say(f"The trained gate is in {Path(output) / 'model'}")
+    say(f"The trained gate is in {Path(job.output) / 'model'}")
 
 
-def _json(text: str, option: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"expected a JSON object, got {text!r} ({error})", param_hint=option) from error
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"expected a JSON object, got {text!r}", param_hint=option)
-    return values
+def _job(given: Mapping[str, Any], run: Mapping[str, Any], config: Path | None) -> Job:
+    """Return the job of a settings file and options, of which the options win."""
+    read = {} if config is None else read_settings_file(config)
+    if unknown := sorted(read.keys() - _JOB_FIELDS):
+        raise ValueError(
+            f"{config}: unknown fields {', '.join(map(repr, unknown))}; expected {', '.join(sorted(_JOB_FIELDS))}"
+        )
+    stored = read.pop("train", None) or {}
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{config}: train: expected a mapping of TrainConfig's fields, got {stored!r}")
+    fields = {"checkpoint_every": 100, **stored, **{name: value for name, value in run.items() if value is not None}}
+    if unknown := sorted(fields.keys() - _RUN_FIELDS):
+        raise ValueError(
+            f"unknown settings of a run: {', '.join(map(repr, unknown))}; expected {', '.join(sorted(_RUN_FIELDS))}"
+        )
+    # 0 stands for no clipping, which JSON and YAML write as null.
+    fields["max_grad_norm"] = fields.get("max_grad_norm", TrainConfig.max_grad_norm) or None
+    values = {**read, **{name: value for name, value in given.items() if value is not None}}
+    for name in ("base", "adapters", "data", "output"):
+        if not values.get(name) and not (name == "adapters" and values.get("checkpoint")):
+            option = "--adapter NAME=DIR" if name == "adapters" else f"--{name}"
+            raise ValueError(f"{option} is missing; give it, or {name}: in the file of --config")
+    return Job(**{"adapters": {}, **values}, train=TrainConfig(**fields))
+
+
+def _held_out(entries: list[str]) -> dict[str, str]:
+    """Return held-out data by name; a path without a name is called ``eval``."""
+    return named_paths([entry if "=" in entry else f"eval={entry}" for entry in entries], "--eval")

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from interop import FormatError
-from interop.hf.auto import load_hf_config, load_tokenizer, render_chat
+from interop.hf.auto import load_hf_config, load_tokenizer, warn_of_added_tokens
+from interop.hf.templates import renderer_of
 from interop.hf.tokenizer import load_codec
+from xlora_jax.training.chats import Chat, TemplateError
 
 ROOT = Path(__file__).parents[3]
 
@@ -191,5 +193,13 @@ def test_broken_templates_are_named(base_dir, place, text):
 def test_templates_that_fail_are_named(base_dir, text):
     (base_dir / "chat_template.jinja").write_text(text)
     tokenizer = load_tokenizer(base_dir)
-    with pytest.raises(FormatError, match=r"chat_template\.jinja: the chat template fails on messages of 'user'"):
-        render_chat(tokenizer, [{"role": "user", "content": "x"}], add_generation_prompt=True)
+    (text,) = renderer_of(tokenizer)(Chat([{"role": "user", "content": "x"}]), [(1, True)])
+    assert isinstance(text, TemplateError)
+    assert f"chat template of {base_dir}" in str(text)
+
+
+def test_tokens_that_the_base_has_no_rows_for_are_named(base_dir):
+    tokenizer = load_tokenizer(base_dir)
+    warn_of_added_tokens(tokenizer, len(tokenizer))
+    with pytest.warns(UserWarning, match=r"1 tokens have no row .* resize_token_embeddings"):
+        warn_of_added_tokens(tokenizer, len(tokenizer) - 1)

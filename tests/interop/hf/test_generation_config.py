@@ -162,7 +162,7 @@ def test_command_line(files, tmp_path):
     base_dir, checkpoint = files
     model = load_xlora(base_dir, checkpoint=checkpoint)
     tokens = np.asarray(model.generate(np.array([[5, 6, 7]]), max_new_tokens=12))[0, 3:].tolist()
-    common = (base_dir, "--checkpoint", checkpoint, "--max-new-tokens", 12)
+    common = ("--base", base_dir, "--checkpoint", checkpoint, "--max-new-tokens", 12)
     streamed = call("generate", *common, "-p", "w5 w6 w7", "--stats")
     assert streamed.exit_code == 0, streamed.output
     assert words(tokens) in streamed.stdout
@@ -181,7 +181,7 @@ def test_command_line(files, tmp_path):
     chat = call("generate", *common, "-p", "w5 w6", "--chat", "--system", "w3", "--no-stream")
     ids = np.array([[11, 3, 10, 5, 6, 9]])
     assert chat.stdout.strip() == words(np.asarray(model.generate(ids, max_new_tokens=12))[0, 6:].tolist())
-    alone = call("generate", base_dir, "-p", "w5 w6 w7", "--max-new-tokens", 12, "--no-stream")
+    alone = call("generate", "--base", base_dir, "-p", "w5 w6 w7", "--max-new-tokens", 12, "--no-stream")
     base_tokens = np.asarray(load_base(base_dir).generate(np.array([[5, 6, 7]]), max_new_tokens=12))[0, 3:].tolist()
     assert alone.stdout.strip() == words(base_tokens) != words(tokens)
 
@@ -200,7 +200,7 @@ def test_command_line(files, tmp_path):
     ],
 )
 def test_command_line_refusals(files, arguments, message):
-    result = call("generate", files[0], *arguments)
+    result = call("generate", "--base", files[0], *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
 
@@ -234,6 +234,24 @@ def test_changes_come_before_the_check_of_the_file(tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"do_sample": True, "top_p": 0.5}))
     assert load_generation_config(tmp_path, file=other).top_p == 0.5
+
+
+def test_prompts_are_split_at_newlines_only(tmp_path):
+    from xlora_jax.cli.generate import _read_prompts
+
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\u2028still one\r\ntwo\x0cstill two\x85\n\nthree".encode())
+    assert _read_prompts(None, file) == ["one\u2028still one", "two\x0cstill two\x85", "three"]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('\ufeff"a\u2028b"\n\n5\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 3: expected a JSON string"):
+        _read_prompts(None, lines)
+    lines.write_text('"\\ud800"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: expected a JSON string of whole characters"):
+        _read_prompts(None, lines)
+    file.write_bytes(b"\xff\xfea\x00")
+    with pytest.raises(ValueError, match=r"prompts\.txt: expected UTF-8"):
+        _read_prompts(None, file)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import json
 
 import pytest
 from rich.console import Console
-from tests.xlora_jax.test_cli_train import arguments, invoke
 from typer.testing import CliRunner
 
 from interop.hf.tokenizer import codec_of
 from tests.helpers.chat_templates import make_tokenizer
+from tests.helpers.cli import arguments, invoke
 from xlora_jax.cli.data_view import escaped, show_data
 from xlora_jax.cli.main import app
 from xlora_jax.training.data import encode_records

@@ -29,7 +29,7 @@ def test_report(text_files, tmp_path):
     )
     model = load_xlora(base_dir, config=settings)
     save_xlora(model, checkpoint)
-    given = ("report", base_dir, "--checkpoint", checkpoint, "--length", 32, "--batch-size", 3)
+    given = ("report", "--base", base_dir, "--checkpoint", checkpoint, "--length", 32, "--batch-size", 3)
     texts = ("--data", f"train={folder / 'train.jsonl'}", "--data", f"held={folder / 'held.jsonl'}")
     done = invoke([*given, *texts, "--output", tmp_path / "report"])
     assert done.exit_code == 0, done.output

@@ -82,8 +82,8 @@ def test_errors(hostile):
     for arguments in (
         ["inspect", str(hostile)],
         ["export", "--base", str(hostile), "--checkpoint", str(hostile), "--output", "x"],
-        ["generate", str(hostile), "-p", "a"],
-        ["report", str(hostile), "--checkpoint", str(hostile), "--data", f"a={hostile}"],
+        ["generate", "--base", str(hostile), "-p", "a"],
+        ["report", "--base", str(hostile), "--checkpoint", str(hostile), "--data", f"a={hostile}"],
     ):
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 1

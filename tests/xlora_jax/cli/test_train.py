@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,32 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from interop import load_xlora
+from tests.helpers.cli import SETTINGS, XLORA, arguments, invoke
 from tests.helpers.reference import peft_run, prompt, relative_error, reload_in_peft
-from xlora_jax.cli.main import app
+from xlora_jax.cli.train import _job
 from xlora_jax.job import Job, run_training
 from xlora_jax.training.config import TrainConfig
-
-SETTINGS = {"steps": 6, "batch_size": 2, "learning_rate": 0.02, "log_every": 2}
-XLORA = {"xlora_depth": 2, "xlora_size": 24, "xlora_dropout_p": 0.0}
-
-
-def arguments(text_files, output, *more):
-    folder, base_dir, adapters = text_files
-    return [
-        "train",
-        *("--base", base_dir, "--data", folder / "train.jsonl", "--eval", f"held={folder / 'held.jsonl'}"),
-        *("--adapter", f"one={adapters[0]}", "--adapter", f"two={adapters[1]}", "--output", output),
-        *("--length", 32, "--xlora", json.dumps(XLORA), "--checkpoint-every", 2),
-        *(part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", value)),
-        *more,
-    ]
-
-
-def invoke(arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow
@@ -114,13 +96,37 @@ def test_mistakes_are_named_before_anything_is_loaded(text_files, tmp_path):
         assert done.exit_code != 0
         return " ".join(done.output.split())
 
-    assert "expected NAME=DIRECTORY" in refused("--adapter", "directory")
+    assert "expected NAME=PATH" in refused("--adapter", "directory")
     assert "given twice" in refused("--adapter", "one=x")
     assert "steps: expected at least 1, got 0" in refused("--steps", 0)
     assert "expected a JSON object" in refused("--xlora", "{depth}")
-    assert "unexpected keyword argument 'stepps'" in refused("--set", '{"stepps": 1}')
+    assert "unknown settings of a run: 'stepps'" in refused("--set", '{"stepps": 1}')
     assert "nothing of this name" in refused(replace=("--data", tmp_path / "none.jsonl"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_settings_file_gives_any_field_and_options_win(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "base: a\nadapters: {one: b}\ndata: d\noutput: o\nlength: 77\nxlora: {xlora_depth: 3}\n"
+        "train: {steps: 5, b2: 0.9, max_grad_norm: null}\n"
+    )
+    job = _job({"base": "c", "length": None}, {"steps": 9, "seed": None}, path)
+    assert (job.base, job.adapters, job.length, job.xlora) == ("c", {"one": "b"}, 77, {"xlora_depth": 3})
+    assert job.train == TrainConfig(steps=9, b2=0.9, max_grad_norm=None, checkpoint_every=100)
+    # What a run writes down is such a file.
+    (tmp_path / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
+    assert _job({}, {}, tmp_path / "job.json") == job
+    for text, words in (
+        ("stepps: 1", "unknown fields 'stepps'; expected adapters, base"),
+        ("train: {stepps: 1}", "unknown settings of a run: 'stepps'"),
+        ("[1, 2]", "expected a mapping of names"),
+        ("a: [", "expected YAML or JSON"),
+        ("base: a\nadapters: {one: b}\ndata: d", "--output is missing; give it, or output: in the file"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            _job({}, {}, path)
 
 
 def test_help_is_enough_to_begin():
