@@ -35,8 +35,8 @@ from xlora_jax import XLoraConfig, XLoraModel, causal_lm_loss, init_train_state,
 
 HERE = Path(__file__).parent
 COLOURS = dict(zip(DOMAINS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
-STEPS, BATCH, RATE = 100, 12, 3e-2
-HELD_OUT_ROWS = 48
+STEPS, BATCH, RATE = 80, 12, 3e-2
+HELD_OUT_ROWS = 32
 
 # Goes through every domain in a few lines; in no training text.
 TOUR = """\
