@@ -35,7 +35,7 @@ from xlora_jax import XLoraConfig, XLoraModel, causal_lm_loss, init_train_state,
 
 HERE = Path(__file__).parent
 COLOURS = dict(zip(DOMAINS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
-STEPS, BATCH, RATE = 80, 12, 3e-2
+BATCH, RATE = 12, 3e-2
 HELD_OUT_ROWS = 32
 
 # Goes through every domain in a few lines; in no training text.
@@ -58,8 +58,9 @@ The result is the same as that of the method, but the object is not changed.
 def main() -> int:
     """Run the story; the exit status is 1 if the gate or the export is not good enough."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "quickstart", help="for base and experts")
-    parser.add_argument("--output", type=Path, default=HERE / "output" / "quickstart", help="for what is made of them")
+    parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "quickstart", help="for base model and experts")
+    parser.add_argument("--output", type=Path, default=HERE / "output" / "quickstart", help="for the results")
+    parser.add_argument("--steps", type=int, default=80, help="training steps of the gate")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -77,7 +78,7 @@ def main() -> int:
     base = load_base(assets.base)
     config = XLoraConfig(hidden_size=base.module.config.hidden_size, adapters=assets.adapters)
     model = load_xlora(base, config=config)
-    model = train_gate(model, batches(list(assets.train.values()), BATCH, seed=2), console)
+    model = train_gate(model, batches(list(assets.train.values()), BATCH, seed=2), arguments.steps, console)
 
     console.rule("3. What it is worth: loss on held-out text, in nats per token")
     held_out = {domain: rows[:HELD_OUT_ROWS] for domain, rows in assets.held_out.items()}
@@ -118,14 +119,14 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def train_gate(model: XLoraModel, rows: Iterator[np.ndarray], console: Console) -> XLoraModel:
+def train_gate(model: XLoraModel, rows: Iterator[np.ndarray], steps: int, console: Console) -> XLoraModel:
     """Train the classifier on mixed text; base and experts stay as they are."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
     state, frozen = init_train_state(model.params, model.config, optimizer)
     step = make_train_step(model.xlora, optimizer)
     with progress_bar(console) as progress:
-        task = progress.add_task("gate, on mixed text", total=STEPS, loss=float("nan"))
-        for tokens in itertools.islice(rows, STEPS):
+        task = progress.add_task("gate, on mixed text", total=steps, loss=float("nan"))
+        for tokens in itertools.islice(rows, steps):
             state, metrics = step(state, frozen, {"input_ids": jnp.asarray(tokens), "labels": jnp.asarray(tokens)})
             progress.update(task, advance=1, loss=float(metrics["loss"]))
     return model.replace(params=merge_params(state.trainable, frozen))

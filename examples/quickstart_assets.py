@@ -1,4 +1,4 @@
-"""What quickstart.py starts from, made on this machine in a few minutes and kept in a directory.
+"""The models and texts of quickstart.py, made on this machine in about a minute and kept in a directory.
 
     texts     four domains, from the standard library and its data or generated; train and held-out parts
     tokenizer a byte-level BPE trained on them, in HF's files
@@ -67,7 +67,9 @@ ADAPTERS = {
 }
 
 WIDTH, INNER, LAYERS = 96, 256, 3
-BASE_STEPS, EXPERT_STEPS, BATCH, RATE = 180, 130, 8, 1e-2
+BATCH, RATE = 8, 1e-2
+# QUICKSTART_STEPS=2,2 makes models that have learned next to nothing, for tests.
+BASE_STEPS, EXPERT_STEPS = map(int, os.environ.get("QUICKSTART_STEPS", "180,130").split(","))
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Assets:
 
 
 def prepare(directory: Path, console: Console) -> Assets:
-    """Makes in `directory` what is not there yet, and reads it. A changed recipe makes everything anew."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """Make the models and texts in `directory` unless this version of the file has made them; read their places."""
+    recipe = f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {BASE_STEPS} {EXPERT_STEPS}"
     stamp = directory / "recipe.txt"
     if not stamp.exists() or stamp.read_text() != recipe:
         stamp.unlink(missing_ok=True)
@@ -262,9 +264,11 @@ def progress_bar(console: Console) -> Progress:
 
 
 def _fit(model: torch.nn.Module, tables: list[np.ndarray], steps: int, report: Callable[[int, float], None]) -> None:
-    """Train what requires a gradient, `steps` batches long; `report` gets the number of each step and its loss."""
+    """Train the parameters that require a gradient for `steps` batches; call `report(step, loss)` after each."""
     import torch
 
+    # Threads of OpenMP wait by spinning: beside other busy processes two of them are slower than one.
+    torch.set_num_threads(1)
     learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = [parameter for name, parameter in learned.items() if parameter.ndim == 2 and "embed" not in name]
     others = [parameter for name, parameter in learned.items() if parameter.ndim != 2 or "embed" in name]
@@ -346,7 +350,6 @@ def _make_experts(directory: Path, domains: list[str]) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(1)
     rows = _rows(directory, "train")
     for domain in domains:
         adapter = ADAPTERS[domain]
@@ -364,7 +367,7 @@ def _make_experts(directory: Path, domains: list[str]) -> None:
 
 
 def _make_experts_in_parallel(directory: Path, progress: Progress) -> None:
-    """Train the experts in one process for each core, which this file is the program of."""
+    """Train the experts in parallel: one process for each core, each runs this file."""
     workers = min(len(DOMAINS), os.cpu_count() or 1)
     tasks = {
         domain: progress.add_task(f"expert, {domain}, r={adapter.rank}", total=EXPERT_STEPS, loss=float("nan"))

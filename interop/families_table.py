@@ -1,4 +1,4 @@
-"""The README's table of families, from the registry: ``python -m interop.families_table``."""
+"""The table of families in docs/models.md, from the registry: ``python -m interop.families_table``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,40 @@
+"""Run walkthrough.py cell by cell and write it with its outputs as walkthrough.ipynb (or: make notebook)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Write the notebook beside the script; if a cell fails, the old notebook stays."""
+    notebook = jupytext.read(HERE / "walkthrough.py")
+    notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata = nbformat.from_dict({})
+    with tempfile.TemporaryDirectory() as directory:
+        # The kernel runs in a directory of its own; the examples are imported from here.
+        setup = f"import sys; sys.path.insert(0, {str(HERE)!r})"
+        client = NotebookClient(
+            notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": directory}}
+        )
+        with client.setup_kernel():
+            client.kc.execute_interactive(setup, store_history=False)
+            for number, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, number)
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({})  # times of execution
+    notebook.metadata.pop("language_info", None)
+    nbformat.validate(notebook)
+    nbformat.write(notebook, HERE / "walkthrough.ipynb")
+
+
+if __name__ == "__main__":
+    main()
