@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import jupytext
@@ -19,16 +18,8 @@ def main() -> None:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata = nbformat.from_dict({})
-    with tempfile.TemporaryDirectory() as directory:
-        # The kernel runs in a directory of its own; the examples are imported from here.
-        setup = f"import sys; sys.path.insert(0, {str(HERE)!r})"
-        client = NotebookClient(
-            notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": directory}}
-        )
-        with client.setup_kernel():
-            client.kc.execute_interactive(setup, store_history=False)
-            for number, cell in enumerate(notebook.cells):
-                client.execute_cell(cell, number)
+    # In this directory, so that the models of the quickstart are used again.
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})  # times of execution
     notebook.metadata.pop("language_info", None)

@@ -22,9 +22,10 @@ import sys
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -290,7 +291,7 @@ def _fit(model: torch.nn.Module, tables: list[np.ndarray], steps: int, report: C
         report(step, loss.item())
 
 
-def _muon_step(matrices: list[torch.Tensor], momenta: list[torch.Tensor], rate: float) -> None:
+def _muon_step(matrices: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor], rate: float) -> None:
     """One step of Muon: the momentum with its singular values brought close to 1. It needs half of Adam's steps.
 
     `torch.optim.Muon` computes in bfloat16, matrix by matrix. On CPUs without bfloat16 units that takes twice as long
@@ -298,14 +299,16 @@ def _muon_step(matrices: list[torch.Tensor], momenta: list[torch.Tensor], rate: 
     """
     import torch
 
+    gradients: list[torch.Tensor] = []
     shapes: dict[torch.Size, list[int]] = {}
-    for i, matrix in enumerate(matrices):
+    for i, (matrix, momentum) in enumerate(zip(matrices, momenta, strict=True)):
         assert matrix.grad is not None
-        momenta[i].lerp_(matrix.grad, 0.05)
+        momentum.lerp_(matrix.grad, 0.05)
+        gradients.append(matrix.grad)
         shapes.setdefault(matrix.shape, []).append(i)
     with torch.no_grad():
         for (rows, columns), members in shapes.items():
-            update = torch.stack([torch.lerp(matrices[i].grad, momenta[i], 0.95) for i in members])
+            update = torch.stack([torch.lerp(gradients[i], momenta[i], 0.95) for i in members])
             update = update if rows <= columns else update.mT
             update = update / update.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
             for _ in range(5):
@@ -362,8 +365,12 @@ def _make_experts(directory: Path, domains: list[str]) -> None:
         )
         torch.manual_seed(0)
         expert = get_peft_model(AutoModelForCausalLM.from_pretrained(directory / "base"), config)
-        _fit(expert, [rows[domain]], EXPERT_STEPS, lambda step, loss, d=domain: print(d, step, loss, flush=True))
+        _fit(expert, [rows[domain]], EXPERT_STEPS, partial(_print_step, domain))
         expert.save_pretrained(str(directory / "experts" / domain))
+
+
+def _print_step(domain: str, step: int, loss: float) -> None:
+    print(domain, step, loss, flush=True)
 
 
 def _make_experts_in_parallel(directory: Path, progress: Progress) -> None:
