@@ -4,8 +4,8 @@
 # A base model, four LoRA adapters and a classifier that learns which adapter each token needs.
 #
 # The models are those of `quickstart.py`: the first run makes them, in about a minute. With models of your own, set
-# `base` to a Hugging Face directory or hub id, `adapters` to `{name: PEFT directory}`, and `texts` to `{name: records}`,
-# for example from `read_records("math.jsonl")`.
+# `base` to a Hugging Face directory or hub id, `adapters` to `{name: PEFT directory}`, and `texts` to
+# `{name: records}`, for example from `read_records("math.jsonl")`.
 
 # %%
 from pathlib import Path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tests import reference
 
@@ -44,3 +46,11 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
             assert anchor in anchors, target
+
+
+def test_ci_runs_on_every_python_that_the_package_names():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [entry.split(" :: ")[-1] for entry in project["classifiers"] if re.search(r":: 3\.\d+$", entry)]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert jobs["ci"]["strategy"]["matrix"]["python"] == named
+    assert project["requires-python"] == f">={named[0]}"
