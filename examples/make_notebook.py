@@ -19,9 +19,16 @@ def main() -> None:
         cell.id = f"cell-{number}"
         cell.metadata = nbformat.from_dict({})
     # In this directory, so that the models of the quickstart are used again.
-    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    place = {"metadata": {"path": str(HERE)}}
+    client = NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=place, coalesce_streams=True)
+    client.execute()
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})  # times of execution
+        if cell.cell_type == "code":  # warnings of libraries name places on this machine: shown here, not kept
+            for output in cell.outputs:
+                if output.get("name") == "stderr":
+                    print(output.text)
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     notebook.metadata.pop("language_info", None)
     nbformat.validate(notebook)
     nbformat.write(notebook, HERE / "walkthrough.ipynb")

@@ -51,13 +51,13 @@ print(f"{len(model.layer_names)} adapted layers, from {model.layer_names[0]} to 
 # One call runs both passes: the base model for the classifier, then the base model with the experts mixed.
 
 # %%
-tokens = tokenizer(["def add(a, b):\n    return"], return_tensors="np")["input_ids"]
+tokens = tokenizer(["4718+3695\n8+5+0=13\n"], return_tensors="np")["input_ids"]
 out = model(tokens)
 assert out.logits is not None
 assert out.scalings is not None
 print(f"logits {out.logits.shape}: batch, tokens, vocabulary")
 print(f"scalings {out.scalings.shape}: batch, tokens, layers, experts")
-print("scalings of the last token before training:", np.round(out.scalings[0, -1, 0], 2))
+print("scalings of the last token before training:", np.asarray(out.scalings[0, -1, 0]).round(2))
 
 # %% [markdown]
 # ## Data
