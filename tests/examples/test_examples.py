@@ -15,6 +15,7 @@ import pytest
 from interop import load_base, load_xlora
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.timeout(600)
 
 
 def run(*command, cwd, check=True):
