@@ -101,7 +101,7 @@ def test_a_loop_of_your_own(text_files, tmp_path):
     assert len(example.read_text().splitlines()) <= 40
     words = " ".join(json.loads(line).get("text", "abc") for line in (folder / "train.jsonl").read_text().splitlines())
     (tmp_path / "text.txt").write_text(words * 4)
-    named = [f"{name}={path}" for name, path in zip(("one", "two"), adapters, strict=True)]
+    named = [f"{name}={path}" for name, path in zip(("one", "two"), adapters[:2], strict=True)]
     done = run(example, base, *named, "--text", "text.txt", "--output", "gate", "--steps", 11, cwd=tmp_path)
     assert "step 10: loss" in done.stdout
     assert load_xlora(load_base(base), checkpoint=tmp_path / "gate").expert_names == ("one", "two")
