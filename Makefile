@@ -5,11 +5,15 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-CODE := xlora_jax interop tests $(wildcard examples benchmarks)
-TYPED := xlora_jax interop $(wildcard examples benchmarks)
-# The pin stands in pyproject.toml only.
+CODE := xlora_jax interop tests examples benchmarks
+TYPED := xlora_jax interop examples benchmarks
+# Nothing is compiled to bytecode beforehand: Python does so for the modules that are imported.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
+
+# Read from pyproject.toml, where the versions are kept.
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+LOWEST_PYTHON ?= $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+NEWEST_PYTHON ?= $(shell sed -n 's/.*Language :: Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | tail -n 1)
 
 # Most of the time of a small test goes into compiling: without optimisation that takes half as long. (The programs are
 # XLA's own all the same; only their translation to machine code is plainer.) `make test XLA_FLAGS=` optimises.
@@ -22,48 +26,79 @@ TEST_ENV := XLA_FLAGS="$(XLA_FLAGS)" NPROC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Time for each target of the fuzzing tests: `make fuzz` takes an hour each, continuous integration 20 s.
 FUZZ_SECONDS ?= 3600
 
-.PHONY: help venv test quick lint format demo fuzz clean
+.PHONY: help venv test quick lint format demo notebook docs compat compat-lowest compat-newest fuzz clean
 
 help:
-	@echo "make venv    set up $(VENV) (the other targets do so themselves)"
-	@echo "make test    the whole test suite, in $(JOBS) processes"
-	@echo "make quick   the tests that are not marked slow"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  ruff's formatter and its safe fixes"
-	@echo "make fuzz    read damaged files for FUZZ_SECONDS=$(FUZZ_SECONDS) per kind of file (FUZZ_TARGETS=... chooses)"
-	@echo "make demo    examples/quickstart.py: train, mix, generate, export, check against PEFT"
+	@echo "make venv      set up $(VENV) (the other targets do so themselves)"
+	@echo "make test      the whole test suite, in $(JOBS) processes"
+	@echo "make quick     the tests that are not marked slow"
+	@echo "make compat    the core's tests on the lowest and the newest versions of Python, JAX and Flax"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    ruff's formatter and its safe fixes"
+	@echo "make fuzz      read damaged files for FUZZ_SECONDS=$(FUZZ_SECONDS) per kind of file (FUZZ_TARGETS=... chooses)"
+	@echo "make demo      examples/quickstart.py: train, mix, generate, export, check against PEFT"
+	@echo "make notebook  run examples/walkthrough.py and write it as examples/walkthrough.ipynb"
+	@echo "make docs      the documentation, in site/"
 
-venv: $(INSTALLED)
+venv: $(VENV)/.installed-test
 
-# torch goes first, alone: whichever build of that version pip finds (CPU only, or with CUDA) is then the one that
-# the rest of the installation accepts.
-$(INSTALLED): pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python >= 3.11 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[test]"
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first, alone: the rest then accepts the build of that version that pip found (CPU only, or with CUDA).
+$(VENV)/.installed-demo $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) --editable ".[$*]"
 	@touch $@
 
-test: $(INSTALLED)
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable ".[docs]"
+	@touch $@
+
+test: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-quick: $(INSTALLED)
+quick: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-lint: $(INSTALLED)
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(TYPED)
 
-format: $(INSTALLED)
+format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-demo: $(INSTALLED)
+demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py
 
-fuzz: $(INSTALLED)
+fuzz: $(VENV)/.installed-test
 	$(TEST_ENV) FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m tests.fuzz.run $(FUZZ_TARGETS)
 
+notebook: $(VENV)/.installed-test
+	$(BIN)/python examples/make_notebook.py
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+# The versions follow from pyproject.toml: uv finds the lowest, or the newest, that `dependencies` and the extra `train` allow.
+compat: compat-lowest compat-newest
+
+compat-lowest: RESOLUTION := lowest-direct
+compat-lowest: VERSION := $(LOWEST_PYTHON)
+compat-newest: RESOLUTION := highest
+compat-newest: VERSION := $(NEWEST_PYTHON)
+compat-lowest compat-newest: compat-%: | $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --python $(VERSION) .venv-$*
+	$(BIN)/uv pip install --quiet --python .venv-$* --resolution $(RESOLUTION) --editable ".[train]"
+	$(BIN)/uv pip install --quiet --python .venv-$* --editable ".[train,core-test]"
+	$(BIN)/uv pip list --quiet --python .venv-$* | grep -E "^(jax|flax|optax|numpy|orbax-checkpoint|grain) "
+	$(TEST_ENV) .venv-$*/bin/python -m pytest --core -m "not slow" -n $(JOBS) --dist worksteal tests/xlora_jax $(PYTEST_ARGS)
+
+$(BIN)/uv: | $(BIN)/python
+	$(INSTALL) "uv>=0.5"
+
 clean:
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build site *.egg-info

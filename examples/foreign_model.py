@@ -17,11 +17,19 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from xlora_jax import XLoraConfig, causal_lm_loss, forward, init_train_state, merge_params
-from xlora_jax.conversion.linen import Lora, convert, find_layers
-from xlora_jax.model import XLoraModel
-from xlora_jax.passes import XLoraOutput
-from xlora_jax.training.classification import make_objective_step
+from xlora_jax import (
+    Lora,
+    XLoraConfig,
+    XLoraModel,
+    XLoraOutput,
+    causal_lm_loss,
+    convert,
+    find_layers,
+    forward,
+    init_train_state,
+    make_objective_step,
+    merge_params,
+)
 
 VOCAB, WIDTH, HEADS, BLOCKS, LENGTH = 29, 32, 4, 2, 16
 

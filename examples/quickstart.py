@@ -1,11 +1,11 @@
-"""X-LoRA from end to end: experts in, a gate trained in JAX, the result out to PEFT.
+"""X-LoRA from end to end: PEFT adapters in, a classifier trained in JAX, a PEFT checkpoint out.
 
     python examples/quickstart.py      (or: make demo)
 
 Four LoRA adapters, made by PEFT, each know one kind of text. A small classifier learns which of them every token needs.
-Then the held-out loss says what that is worth, and real PEFT says whether the export means the same there.
+Then held-out losses are compared, and PEFT loads the export and must give the same logits.
 
-The base model and the adapters are made by quickstart_assets.py, once, and kept; they stand for yours.
+quickstart_assets.py makes the base model and the adapters once and keeps them. They take the place of yours.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from interop import load_base, load_xlora, save_xlora
 from xlora_jax import XLoraConfig, XLoraModel, causal_lm_loss, init_train_state, make_train_step, merge_params
 
 HERE = Path(__file__).parent
-COLOURS = dict(zip(DOMAINS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
-STEPS, BATCH, RATE = 100, 12, 3e-2
-HELD_OUT_ROWS = 48
+COLORS = dict(zip(DOMAINS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
+BATCH, RATE = 12, 3e-2
+HELD_OUT_ROWS = 32
 
-# Goes through every domain in a few lines; in no training text.
+# A few lines of every domain; not in the training text.
 TOUR = """\
 If the file does not exist, an error is raised. Otherwise the number of lines is returned.
 def count_lines(self, path, encoding=None):
@@ -56,10 +56,11 @@ The result is the same as that of the method, but the object is not changed.
 
 
 def main() -> int:
-    """Run the story; the exit status is 1 if the gate or the export is not good enough."""
+    """Run all steps; the exit status is 1 if the gate or the export is not good enough."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "quickstart", help="for base and experts")
-    parser.add_argument("--output", type=Path, default=HERE / "output" / "quickstart", help="for what is made of them")
+    parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "quickstart", help="for base model and experts")
+    parser.add_argument("--output", type=Path, default=HERE / "output" / "quickstart", help="for the results")
+    parser.add_argument("--steps", type=int, default=80, help="training steps of the gate")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -77,14 +78,14 @@ def main() -> int:
     base = load_base(assets.base)
     config = XLoraConfig(hidden_size=base.module.config.hidden_size, adapters=assets.adapters)
     model = load_xlora(base, config=config)
-    model = train_gate(model, batches(list(assets.train.values()), BATCH, seed=2), console)
+    model = train_gate(model, batches(list(assets.train.values()), BATCH, seed=2), arguments.steps, console)
 
-    console.rule("3. What it is worth: loss on held-out text, in nats per token")
+    console.rule("3. Loss on held-out text, in nats per token")
     held_out = {domain: rows[:HELD_OUT_ROWS] for domain, rows in assets.held_out.items()}
     losses = held_out_losses(model, held_out)
     console.print(loss_table(losses))
 
-    console.rule("4. What it writes, each token in the colour of the expert that leads there")
+    console.rule("4. Generated text, each token in the color of its leading expert")
     console.print(written_text(model, tokenizer))
 
     console.rule("5. Export, and reload in PEFT")
@@ -103,7 +104,7 @@ def main() -> int:
     }
     tour = tokenizer(TOUR, return_tensors="np")["input_ids"]
     pieces = tokenizer.batch_decode(tour[0, 1:, None])
-    draw(picture, tokens=pieces, gates=gates(model, tour)[0, 1:], shares=shares, losses=losses, colours=COLOURS)
+    draw(picture, tokens=pieces, gates=gates(model, tour)[0, 1:], shares=shares, losses=losses, colors=COLORS)
     console.print(str(picture))
 
     failures = verdict(losses, difference)
@@ -118,14 +119,14 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def train_gate(model: XLoraModel, rows: Iterator[np.ndarray], console: Console) -> XLoraModel:
+def train_gate(model: XLoraModel, rows: Iterator[np.ndarray], steps: int, console: Console) -> XLoraModel:
     """Train the classifier on mixed text; base and experts stay as they are."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
     state, frozen = init_train_state(model.params, model.config, optimizer)
     step = make_train_step(model.xlora, optimizer)
     with progress_bar(console) as progress:
-        task = progress.add_task("gate, on mixed text", total=STEPS, loss=float("nan"))
-        for tokens in itertools.islice(rows, STEPS):
+        task = progress.add_task("gate, on mixed text", total=steps, loss=float("nan"))
+        for tokens in itertools.islice(rows, steps):
             state, metrics = step(state, frozen, {"input_ids": jnp.asarray(tokens), "labels": jnp.asarray(tokens)})
             progress.update(task, advance=1, loss=float(metrics["loss"]))
     return model.replace(params=merge_params(state.trainable, frozen))
@@ -148,8 +149,8 @@ def held_out_losses(model: XLoraModel, held_out: dict[str, np.ndarray]) -> dict[
 
 
 def loss_table(losses: dict[str, dict[str, float]]) -> Table:
-    """The losses, a row for each variant, with each domain's own expert underlined."""
-    table = Table("", *(f"[{COLOURS[domain]}]{domain}" for domain in DOMAINS))
+    """The losses, a row for each variant, the domain's own expert underlined."""
+    table = Table("", *(f"[{COLORS[domain]}]{domain}" for domain in DOMAINS))
     for variant, row in losses.items():
         cells = [Text(f"{row[domain]:.3f}", "underline" if variant == f"expert {domain}" else "") for domain in DOMAINS]
         table.add_row(variant, *cells, style="bold" if variant == "X-LoRA" else "")
@@ -179,7 +180,7 @@ def written_text(model: XLoraModel, tokenizer: PreTrainedTokenizerFast) -> Table
         text = Text()
         pieces = tokenizer.batch_decode(np.asarray(tokens[i, length:, None]))
         for piece, leader in zip(pieces, leaders[i, length:], strict=True):
-            text.append(piece, COLOURS[model.expert_names[leader]])
+            text.append(piece, COLORS[model.expert_names[leader]])
         table.add_row(Text(prompt), text)
     return table
 
@@ -197,7 +198,7 @@ def difference_in_peft(model: XLoraModel, base: Path, exported: Path, rows: np.n
 
 
 def verdict(losses: dict[str, dict[str, float]], difference: float) -> list[str]:
-    """What is not as good as it has to be."""
+    """Return a message for each claim that does not hold."""
     failures = []
     for domain in DOMAINS:
         ours = losses["X-LoRA"][domain]

@@ -1,4 +1,4 @@
-"""What quickstart.py starts from, made on this machine in a few minutes and kept in a directory.
+"""The models and texts of quickstart.py, made on this machine in about a minute and kept in a directory.
 
     texts     four domains, from the standard library and its data or generated; train and held-out parts
     tokenizer a byte-level BPE trained on them, in HF's files
@@ -14,20 +14,28 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    import torch
 
 ROW = 192  # tokens of one training row, <bos> included
 VOCABULARY = 1024
@@ -59,7 +67,10 @@ ADAPTERS = {
     "json": Adapter(rank=8, alpha=16, targets=("v_proj", *MLP)),
 }
 
-BASE_STEPS, EXPERT_STEPS, BATCH, RATE = 200, 240, 12, 1e-2
+WIDTH, INNER, LAYERS = 96, 256, 3
+BATCH, RATE = 8, 1e-2
+# QUICKSTART_STEPS=2,2 makes models that have learned next to nothing, for tests.
+BASE_STEPS, EXPERT_STEPS = map(int, os.environ.get("QUICKSTART_STEPS", "180,130").split(","))
 
 
 @dataclass(frozen=True)
@@ -73,27 +84,31 @@ class Assets:
 
 
 def prepare(directory: Path, console: Console) -> Assets:
-    """Makes in `directory` what is not there yet, and reads it. A changed recipe makes everything anew."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """Make the models and texts in `directory` unless this version of the file has made them; read their places."""
+    recipe = f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {BASE_STEPS} {EXPERT_STEPS}"
     stamp = directory / "recipe.txt"
     if not stamp.exists() or stamp.read_text() != recipe:
         stamp.unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
         with console.status("reading texts, training the tokenizer"):
             _make_rows(directory)
-        _make_models(directory, console)
+        with progress_bar(console) as progress:
+            _make_base(directory, _rows(directory, "train"), progress)
+            _make_experts_in_parallel(directory, progress)
         stamp.write_text(recipe)
-    with np.load(directory / "rows.npz") as rows:
-        train = {domain: rows[f"train/{domain}"] for domain in DOMAINS}
-        held_out = {domain: rows[f"held_out/{domain}"] for domain in DOMAINS}
     adapters = {domain: str(directory / "experts" / domain) for domain in DOMAINS}
-    return Assets(directory / "base", adapters, train, held_out)
+    return Assets(directory / "base", adapters, _rows(directory, "train"), _rows(directory, "held_out"))
+
+
+def _rows(directory: Path, part: str) -> dict[str, np.ndarray]:
+    with np.load(directory / "rows.npz") as rows:
+        return {domain: rows[f"{part}/{domain}"] for domain in DOMAINS}
 
 
 # Texts
 
 
-def _library_files(limit: int = 400) -> list[Path]:
+def _library_files(limit: int = 250) -> list[Path]:
     """Modules of the standard library, in an order that mixes packages but is the same at every run."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
@@ -249,65 +264,137 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def _make_models(directory: Path, console: Console) -> None:
+def _fit(model: torch.nn.Module, tables: list[np.ndarray], steps: int, report: Callable[[int, float], None]) -> None:
+    """Train the parameters that require a gradient for `steps` batches; call `report(step, loss)` after each."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    def fit(model: torch.nn.Module, tables: list[np.ndarray], steps: int, label: str) -> None:
-        """Muon for what is a matrix between hidden states, AdamW for the rest: a few hundred steps go twice as far."""
-        learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        matrices = [parameter for name, parameter in learned.items() if parameter.ndim == 2 and "embed" not in name]
-        others = [parameter for name, parameter in learned.items() if parameter.ndim != 2 or "embed" in name]
-        muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        optimizers: list[torch.optim.Optimizer] = [muon]
-        if others:
-            optimizers.append(torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.98)))
-        task = progress.add_task(label, total=steps, loss=float("nan"))
-        model.train()
-        for step, batch in zip(range(steps), batches(tables, BATCH, seed=1), strict=False):
-            rate = RATE * min(1.0, (step + 1) / 20, 1.2 * (1 - step / steps))
-            tokens = torch.from_numpy(batch).long()
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.update(task, advance=1, loss=loss.item())
+    # Threads of OpenMP wait by spinning: beside other busy processes two of them are slower than one.
+    torch.set_num_threads(1)
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [parameter for name, parameter in learned.items() if parameter.ndim == 2 and "embed" not in name]
+    others = [parameter for name, parameter in learned.items() if parameter.ndim != 2 or "embed" in name]
+    momenta = [torch.zeros_like(parameter) for parameter in matrices]
+    adam = torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.98)) if others else None
+    model.train()
+    for step, batch in zip(range(steps), batches(tables, BATCH, seed=1), strict=False):
+        rate = RATE * min(1.0, (step + 1) / 20, 1.2 * (1 - step / steps))
+        tokens = torch.from_numpy(batch).long()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        _muon_step(matrices, momenta, rate)
+        if adam is not None:
+            adam.param_groups[0]["lr"] = rate
+            adam.step()
+        for parameter in learned.values():
+            parameter.grad = None
+        report(step, loss.item())
 
-    with np.load(directory / "rows.npz") as stored:
-        rows = {domain: stored[f"train/{domain}"] for domain in DOMAINS}
+
+def _muon_step(matrices: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor], rate: float) -> None:
+    """One step of Muon: the momentum with its singular values brought close to 1. It needs half of Adam's steps.
+
+    `torch.optim.Muon` computes in bfloat16, matrix by matrix. On CPUs without bfloat16 units that takes twice as long
+    as the model itself. Here: float32, all matrices of one shape at once.
+    """
+    import torch
+
+    gradients: list[torch.Tensor] = []
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, (matrix, momentum) in enumerate(zip(matrices, momenta, strict=True)):
+        assert matrix.grad is not None
+        momentum.lerp_(matrix.grad, 0.05)
+        gradients.append(matrix.grad)
+        shapes.setdefault(matrix.shape, []).append(i)
+    with torch.no_grad():
+        for (rows, columns), members in shapes.items():
+            update = torch.stack([torch.lerp(gradients[i], momenta[i], 0.95) for i in members])
+            update = update if rows <= columns else update.mT
+            update = update / update.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):
+                gram = update @ update.mT
+                update = 3.4445 * update + (-4.775 * gram + 2.0315 * gram @ gram) @ update
+            update = update if rows <= columns else update.mT
+            scale = 0.2 * max(rows, columns) ** 0.5  # the size of an AdamW update
+            for i, direction in zip(members, update, strict=True):
+                matrices[i].mul_(1 - 0.01 * rate).sub_(direction, alpha=rate * scale)
+
+
+def _make_base(directory: Path, rows: dict[str, np.ndarray], progress: Progress) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(directory / "base", trust_remote_code=False)
     torch.manual_seed(0)
-    with progress_bar(console) as progress:
-        base = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=352,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                initializer_range=0.03,
-                tie_word_embeddings=True,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.03,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
-        fit(base, list(rows.values()), BASE_STEPS, "base, on the mix")
-        base.save_pretrained(directory / "base")
-        for domain, adapter in ADAPTERS.items():
-            config = LoraConfig(
-                task_type="CAUSAL_LM",
-                r=adapter.rank,
-                lora_alpha=adapter.alpha,
-                use_rslora=adapter.rslora,
-                target_modules=list(adapter.targets),
-            )
-            expert = get_peft_model(AutoModelForCausalLM.from_pretrained(directory / "base"), config)
-            fit(expert, [rows[domain]], EXPERT_STEPS, f"expert, {domain}, r={adapter.rank}")
-            expert.save_pretrained(str(directory / "experts" / domain))
+    )
+    task = progress.add_task("base, on the mix", total=BASE_STEPS, loss=float("nan"))
+    _fit(base, list(rows.values()), BASE_STEPS, lambda step, loss: progress.update(task, completed=step + 1, loss=loss))
+    base.save_pretrained(directory / "base")
+
+
+def _make_experts(directory: Path, domains: list[str]) -> None:
+    """Train these experts one after the other, and print a line `domain step loss` after each step."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    rows = _rows(directory, "train")
+    for domain in domains:
+        adapter = ADAPTERS[domain]
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            use_rslora=adapter.rslora,
+            target_modules=list(adapter.targets),
+        )
+        torch.manual_seed(0)
+        expert = get_peft_model(AutoModelForCausalLM.from_pretrained(directory / "base"), config)
+        _fit(expert, [rows[domain]], EXPERT_STEPS, partial(_print_step, domain))
+        expert.save_pretrained(str(directory / "experts" / domain))
+
+
+def _print_step(domain: str, step: int, loss: float) -> None:
+    print(domain, step, loss, flush=True)
+
+
+def _make_experts_in_parallel(directory: Path, progress: Progress) -> None:
+    """Train the experts in parallel: one process for each core, each runs this file."""
+    workers = min(len(DOMAINS), os.cpu_count() or 1)
+    tasks = {
+        domain: progress.add_task(f"expert, {domain}, r={adapter.rank}", total=EXPERT_STEPS, loss=float("nan"))
+        for domain, adapter in ADAPTERS.items()
+    }
+
+    def follow(domains: list[str]) -> None:
+        command = [sys.executable, __file__, str(directory), *domains]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                domain, step, loss = line.split()
+                progress.update(tasks[domain], completed=int(step) + 1, loss=float(loss))
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(follow, [list(DOMAINS[i::workers]) for i in range(workers)]))
+
+
+if __name__ == "__main__":
+    quiet()
+    _make_experts(Path(sys.argv[1]), sys.argv[2:])

@@ -1,4 +1,4 @@
-"""The picture of quickstart.py: which expert each token uses, and what that is worth."""
+"""The picture of quickstart.py: which expert each token uses, and the losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullLocator
 
 _INK, _SOFT, _PAPER = "#1f2328", "#6e7781", "#ffffff"
-_CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+_CENTERED: dict[str, Any] = {"ha": "center", "va": "center"}
 _COLUMNS = 108  # characters of a line of the text
 
 Losses = Mapping[str, Mapping[str, float]]
@@ -31,67 +31,67 @@ def draw(
     gates: np.ndarray,
     shares: Losses,
     losses: Losses,
-    colours: Mapping[str, str],
+    colors: Mapping[str, str],
 ) -> None:
     """Write the picture.
 
     Args:
-        path: of the PNG.
-        tokens: T pieces of a text.
-        gates: [T, N], of each token for each expert.
-        shares: domain -> expert -> mean gate.
-        losses: variant -> domain -> loss, with "base", "uniform mix", "X-LoRA" and "expert <domain>" among them.
-        colours: domain -> colour, in the order of the experts.
+        path: file of the PNG.
+        tokens: pieces of a text, T of them.
+        gates: array [T, N], the gate of each token for each expert.
+        shares: mean gates, domain -> expert -> gate.
+        losses: losses, variant -> domain -> loss; "base", "uniform mix", "X-LoRA" and "expert <domain>" are needed.
+        colors: colors, domain -> color, in the order of the experts.
     """
     plt.rcParams.update({"font.size": 12, "text.color": _INK, "axes.labelcolor": _INK, "font.family": "DejaVu Sans"})
     figure = plt.figure(figsize=(14, 7.875), dpi=150, facecolor=_PAPER)
     figure.text(0.03, 0.935, "X-LoRA asks the right expert, token by token", fontsize=23, weight="bold")
     caption = (
-        f"{len(colours)} LoRA experts from PEFT, one gate trained in JAX. "
-        "One text, never trained on; each token in the colours of the experts that the gate asks:"
+        f"{len(colors)} LoRA experts from PEFT, one gate trained in JAX. "
+        "A text that is not in the training data; each token in the colors of its experts:"
     )
     figure.text(0.03, 0.885, caption, color=_SOFT, fontsize=13)
-    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    patches = [Patch(color=color, label=name) for name, color in colors.items()]
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (0.985, 0.92), "ncols": len(patches)}
     figure.legend(handles=patches, frameon=False, handlelength=1, handleheight=1, columnspacing=1.3, **place)
-    _text(figure.add_axes((0.03, 0.455, 0.945, 0.41)), tokens, gates, list(colours.values()))
-    _shares(figure.add_axes((0.105, 0.07, 0.375, 0.28)), shares, colours)
-    _losses(figure.add_axes((0.6, 0.07, 0.37, 0.28)), losses, list(colours))
+    _text(figure.add_axes((0.03, 0.455, 0.945, 0.41)), tokens, gates, list(colors.values()))
+    _shares(figure.add_axes((0.105, 0.07, 0.375, 0.28)), shares, colors)
+    _losses(figure.add_axes((0.6, 0.07, 0.37, 0.28)), losses, list(colors))
     figure.savefig(path)
     plt.close(figure)
 
 
-def _text(axes: Axes, tokens: Sequence[str], gates: np.ndarray, colours: Sequence[str]) -> None:
-    """The text in a grid of characters, each token on the colours of its experts, mixed by its gates."""
-    palette = np.array([to_rgb(colour) for colour in colours])
+def _text(axes: Axes, tokens: Sequence[str], gates: np.ndarray, colors: Sequence[str]) -> None:
+    """The text in a grid of characters, each token on the colors of its experts, mixed by its gates."""
+    palette = np.array([to_rgb(color) for color in colors])
     row = column = 0
     for token, gate in zip(tokens, gates, strict=True):
         # An undecided token is pale, a decided one strong.
         strength = 0.1 + 0.5 * (gate.max() * len(gate) - 1) / (len(gate) - 1)
-        colour = (*(gate @ palette), strength)
+        color = (*(gate @ palette), strength)
         for piece in re.findall(r"\n|[^\n]+", token):
             if piece == "\n":
                 row, column = row + 1, 0
                 continue
             if column + len(piece) > _COLUMNS:
                 row, column = row + 1, 2
-            axes.add_patch(Rectangle((column, row), len(piece) - 0.1, 0.92, color=colour, linewidth=0))
+            axes.add_patch(Rectangle((column, row), len(piece) - 0.1, 0.92, color=color, linewidth=0))
             for character in piece:
-                axes.text(column + 0.45, row + 0.48, character, family="DejaVu Sans Mono", fontsize=12.6, **_CENTRED)
+                axes.text(column + 0.45, row + 0.48, character, family="DejaVu Sans Mono", fontsize=12.6, **_CENTERED)
                 column += 1
     axes.set_xlim(0, _COLUMNS)
     axes.set_ylim(row + (column > 0), 0)
     axes.axis("off")
 
 
-def _shares(axes: Axes, shares: Losses, colours: Mapping[str, str]) -> None:
+def _shares(axes: Axes, shares: Losses, colors: Mapping[str, str]) -> None:
     """A bar for each domain, divided among the experts."""
     axes.set_title("How much each expert is used", loc="left", weight="bold", fontsize=13.5, pad=28)
     axes.text(0, 1.04, "mean gate on held-out text of each domain", color=_SOFT, transform=axes.transAxes)
     for place, row in enumerate(shares.values()):
         left = 0.0
         for expert, share in row.items():
-            axes.barh(place, share, left=left, color=colours[expert], height=0.62, edgecolor=_PAPER, linewidth=1.2)
+            axes.barh(place, share, left=left, color=colors[expert], height=0.62, edgecolor=_PAPER, linewidth=1.2)
             if share > 0.06:
                 axes.text(
                     left + share / 2, place, f"{share:.0%}", ha="center", va="center", color=_PAPER, weight="bold"
@@ -123,7 +123,7 @@ def _losses(axes: Axes, losses: Losses, domains: Sequence[str]) -> None:
         axes.scatter(excess[variant], range(len(domains)), label=variant, zorder=3, **style)
     values = [value for row in excess.values() for value in row]
     axes.set_yticks(range(len(domains)), domains)
-    # Linear up to 5%, logarithmic beyond: the domains differ much in what there is to win.
+    # Linear up to 5%, logarithmic beyond: the differences of the domains vary in size.
     axes.set_xscale("symlog", linthresh=0.05, linscale=0.5)
     axes.set_xticks([0, 0.05, 0.1, 0.2, 0.5, 1], ["0", "+5%", "+10%", "+20%", "+50%", "+100%"])
     axes.xaxis.set_minor_locator(NullLocator())

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import optax
 
-from interop import load_xlora, save_xlora
-from interop.hf.tokenizer import load_codec
-from xlora_jax import init_train_state, make_train_step, merge_params
-from xlora_jax.training.data import Loader, encode_records, lay_out, read_records
+from interop import load_codec, load_xlora, save_xlora
+from xlora_jax import Loader, encode_records, init_train_state, lay_out, make_train_step, merge_params, read_records
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("base", help="HF model directory or hub id")

@@ -5,8 +5,10 @@ torch is optional here: it is needed for `.bin` pickles and for handing over a l
 
 from interop.checkpoint.classifier import classifier_from_torch, classifier_to_torch
 from interop.checkpoint.places import repoint
+from interop.hf.auto import load_tokenizer
 from interop.hf.base import load_base, save_base
 from interop.hf.generation_config import load_generation_config
+from interop.hf.tokenizer import codec_of, load_codec
 from interop.model import load_xlora, save_xlora
 from interop.peft.adapter import LoraAdapter, LoraLayer, load_lora, save_lora
 from interop.storage.errors import FormatError
@@ -17,9 +19,12 @@ __all__ = [
     "LoraLayer",
     "classifier_from_torch",
     "classifier_to_torch",
+    "codec_of",
     "load_base",
+    "load_codec",
     "load_generation_config",
     "load_lora",
+    "load_tokenizer",
     "load_xlora",
     "repoint",
     "save_base",

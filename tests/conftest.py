@@ -1,5 +1,8 @@
 """Settings for every test, and the small models that many of them share (see `reference.py`)."""
 
+from __future__ import annotations
+
+import importlib
 import os
 
 # Before anything imports these libraries: no test may reach for the network, and numbers are to be the same anywhere.
@@ -12,13 +15,16 @@ import shutil
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers import reference
+from tests.helpers import core
+
+if TYPE_CHECKING:
+    from tests.helpers.reference import Expert
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -28,11 +34,28 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
-    import torch
-    import transformers
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--core", action="store_true", help="only tests that need neither torch nor Hugging Face packages")
 
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--core") and collection_path.suffix == ".py" and core.file_needs_foreign(collection_path):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--core"):
+        left_out = [item for item in items if isinstance(item, pytest.Function) and core.item_needs_foreign(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--core"):
+        return
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -41,11 +64,14 @@ def _one_torch_thread() -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`base(family, seed=0, **options)`: the directory of such a base model, made once a session."""
+
     made: dict[Any, Path] = {}
 
     def get(family: str, seed: int = 0, **options: Any) -> Path:
         key = (family, seed, repr(sorted(options.items())))
         if key not in made:
+            from tests.helpers import reference
+
             made[key] = reference.make_base(tmp_path_factory.mktemp(f"base-{family}"), family, seed, **options)
         return made[key]
 
@@ -55,11 +81,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
     """`experts(base_dir, set, seed=0)`: directories of the adapters of that set, made once a session."""
+
     made: dict[Any, list[Path]] = {}
 
-    def get(base_dir: Path, recipes: str | Sequence[reference.Expert], seed: int = 0) -> list[Path]:
+    def get(base_dir: Path, recipes: str | Sequence[Expert], seed: int = 0) -> list[Path]:
         key = (base_dir, repr(recipes), seed)
         if key not in made:
+            from tests.helpers import reference
+
             made[key] = reference.make_experts(base_dir, tmp_path_factory.mktemp("experts"), recipes, seed)
         return made[key]
 

@@ -13,7 +13,7 @@ from typing import Any
 _HOMES = {
     "backend": ("compile_for",),
     "config": ("XLoraConfig",),
-    "conversion.linen": ("Lora", "convert"),
+    "conversion.linen": ("Lora", "convert", "find_layers"),
     "conversion.nnx": ("convert_nnx",),
     "generation.generate": ("GenerationConfig", "GenerationStats"),
     "generation.sampling": ("LogitsProcessor", "Sampler"),
@@ -34,7 +34,8 @@ _HOMES = {
     "training.checkpoints": ("CheckpointError", "Checkpoints"),
     "training.classification": ("make_objective_step",),
     "training.config": ("TrainConfig",),
-    "training.data": ("Loader", "Rows"),
+    "training.data": ("Codec", "Loader", "Rows", "encode_records", "lay_out"),
+    "training.records": ("BadRecords", "read_records"),
     "training.evaluation": ("evaluate",),
     "training.losses": ("causal_lm_loss",),
     "training.regularizers": ("Regularizers",),

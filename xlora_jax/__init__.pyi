@@ -2,6 +2,7 @@ from xlora_jax.backend import compile_for as compile_for
 from xlora_jax.config import XLoraConfig as XLoraConfig
 from xlora_jax.conversion.linen import Lora as Lora
 from xlora_jax.conversion.linen import convert as convert
+from xlora_jax.conversion.linen import find_layers as find_layers
 from xlora_jax.conversion.nnx import convert_nnx as convert_nnx
 from xlora_jax.generation.generate import GenerationConfig as GenerationConfig
 from xlora_jax.generation.generate import GenerationStats as GenerationStats
@@ -28,10 +29,15 @@ from xlora_jax.training.checkpoints import CheckpointError as CheckpointError
 from xlora_jax.training.checkpoints import Checkpoints as Checkpoints
 from xlora_jax.training.classification import make_objective_step as make_objective_step
 from xlora_jax.training.config import TrainConfig as TrainConfig
+from xlora_jax.training.data import Codec as Codec
 from xlora_jax.training.data import Loader as Loader
 from xlora_jax.training.data import Rows as Rows
+from xlora_jax.training.data import encode_records as encode_records
+from xlora_jax.training.data import lay_out as lay_out
 from xlora_jax.training.evaluation import evaluate as evaluate
 from xlora_jax.training.losses import causal_lm_loss as causal_lm_loss
+from xlora_jax.training.records import BadRecords as BadRecords
+from xlora_jax.training.records import read_records as read_records
 from xlora_jax.training.regularizers import Regularizers as Regularizers
 from xlora_jax.training.routing import Routing as Routing
 from xlora_jax.training.routing import make_routing_step as make_routing_step

@@ -9,7 +9,6 @@ import pickle
 import warnings
 
 import numpy as np
-import peft
 import pytest
 
 from xlora_jax.config import XLoraConfig
@@ -38,6 +37,8 @@ def config(**changes):
 
 
 def test_fields_and_defaults_are_those_of_peft():
+    import peft
+
     theirs = {field.name: field.default for field in dataclasses.fields(peft.XLoraConfig)}
     for inherited in dataclasses.fields(peft.PeftConfig):
         del theirs[inherited.name]
@@ -116,6 +117,8 @@ def test_frozen():
     ],
 )
 def test_warnings_of_peft(changes, words):
+    import peft
+
     with pytest.warns(UserWarning, match="hidden_size|adapters|top_k_lora|both"):
         peft.XLoraConfig(**{"hidden_size": 48, "adapters": ADAPTERS} | changes)
     with pytest.warns(UserWarning, match=words) as caught:

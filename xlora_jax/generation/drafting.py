@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -61,7 +62,7 @@ def look_up(tokens: Any, length: Any, count: int = GUESSES) -> Any:
     Returns:
         int ``[B, K]``, of the kind of ``tokens``.
     """
-    xp = tokens.__array_namespace__()
+    xp: Any = np if isinstance(tokens, np.ndarray) else jnp  # NumPy 1.26 has no __array_namespace__
     slots = xp.arange(tokens.shape[1])
     last = length[:, None] - 1
     same, agreed = slots < last, 0

@@ -1,4 +1,4 @@
-"""The README's table of families, from the registry: ``python -m interop.hf.families.readme``."""
+"""The table of families in docs/models.md, from the registry: ``python -m interop.hf.families.readme``."""
 
 from __future__ import annotations
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -133,46 +130,3 @@ def test_help_is_enough_to_begin():
     text = invoke(["train", "--help"]).output
     for word in ("--base", "--adapter", "--data", "--output", "--checkpoint-every", "prompt", "completion", "messages"):
         assert word in text
-
-
-@pytest.mark.slow
-def test_the_example_with_its_own_loop(text_files, tmp_path):
-    folder, base_dir, adapters = text_files
-    example = Path(__file__).parents[3] / "examples" / "train_gate.py"
-    assert len(example.read_text().splitlines()) <= 40
-    words = " ".join(json.loads(line).get("text", "abc") for line in (folder / "train.jsonl").read_text().splitlines())
-    (tmp_path / "text.txt").write_text(words * 4)
-    done = subprocess.run(
-        [
-            *(sys.executable, example, base_dir, f"one={adapters[0]}", f"two={adapters[1]}"),
-            *("--text", tmp_path / "text.txt", "--output", tmp_path / "gate", "--steps", "11"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=example.parents[1],
-        env={**os.environ, "PYTHONPATH": str(example.parents[1])},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 10: loss" in done.stdout
-    assert load_xlora(base_dir, checkpoint=tmp_path / "gate").expert_names == ("one", "two")
-
-
-@pytest.mark.slow
-def test_the_walkthrough(text_files, tmp_path):
-    folder, base_dir, adapters = text_files
-    example = Path(__file__).parents[3] / "examples" / "walkthrough.py"
-    done = subprocess.run(
-        [
-            *(sys.executable, example, base_dir, f"one={adapters[0]}", f"two={adapters[1]}"),
-            *("--text", f"a={folder / 'train.jsonl'}", f"b={folder / 'held.jsonl'}", "--steps", "3"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(example.parents[1]), "MPLBACKEND": "agg"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "after training, b: base" in done.stdout
-    assert load_xlora(base_dir, checkpoint=tmp_path / "walkthrough").expert_names == ("one", "two")

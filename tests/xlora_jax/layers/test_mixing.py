@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from xlora_jax.layers import mixing
 
@@ -32,6 +31,8 @@ def own_columns(expert: int) -> slice:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature_softmax(temperature: float) -> None:
+    import torch
+
     logits = normal(0, 2, 3, 5)
     want = torch.softmax(torch.tensor(np.asarray(logits)) / temperature, -1).numpy()
     np.testing.assert_allclose(mixing.temperature_softmax(logits, temperature), want, rtol=1e-6)
@@ -58,6 +59,8 @@ def test_top_k_refuses_what_there_is_not(k: int) -> None:
 
 
 def test_softmax_over_selected_is_that_of_torch() -> None:
+    import torch
+
     scalings = np.array([[0.3, 0.0, -2.0, 5.0], [0.0, 0.0, 1e-3, 0.0], [100.0, -100.0, 0.0, 99.0]], np.float32)
     want = torch.softmax(torch.tensor(scalings).masked_fill(torch.tensor(scalings) == 0, -torch.inf), -1)
     np.testing.assert_allclose(mixing.softmax_over_selected(jnp.asarray(scalings)), want, rtol=1e-6)
@@ -73,6 +76,8 @@ def test_a_row_of_zeros_stays_zero_and_its_gradient_is_zero() -> None:
 
 
 def test_softmax_over_selected_has_the_gradient_of_torch() -> None:
+    import torch
+
     scalings, weight = np.asarray(normal(1, 3, 5)), np.asarray(normal(2, 3, 5))
     leaf = torch.tensor(scalings, requires_grad=True)
     (torch.softmax(leaf, -1) * torch.tensor(weight)).sum().backward()

@@ -1,0 +1,89 @@
+"""Which tests run with the core's own dependencies alone: `pytest --core` leaves out the others.
+
+A test file is left out if importing it imports one of `FOREIGN`, directly or through modules of this repository. In the
+files that stay, a test is left out if an import in its body does so, or if it uses a fixture whose function does.
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Packages of the extras `interop`, `torch`, `cli` and `test` that the core does without.
+FOREIGN = {"datasets", "huggingface_hub", "peft", "safetensors", "tokenizers", "torch", "transformers", "typer"}
+
+
+def _is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+
+
+def _executed(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run with `body`: those within `if` and `try`, but not within functions."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(node):
+            continue
+        for field in ("body", "orelse", "finalbody"):
+            yield from _executed(getattr(node, field, []))
+        for handler in getattr(node, "handlers", []):
+            yield from _executed(handler.body)
+
+
+def _needs_foreign(body: list[ast.stmt]) -> bool:
+    for node in _executed(body):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        if any(name.split(".")[0] in FOREIGN or _module_needs_foreign(name) for name in names):
+            return True
+    return False
+
+
+@cache
+def _module_needs_foreign(name: str) -> bool:
+    """Whether importing the module `name` of this repository needs a foreign package; other modules do not."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        stem = ROOT.joinpath(*parts[:end])
+        if any(file_needs_foreign(path) for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.exists()):
+            return True
+    return False
+
+
+_under_way: set[Path] = set()
+
+
+@cache
+def file_needs_foreign(path: Path) -> bool:
+    """Whether importing this file needs a foreign package."""
+    if path in _under_way:  # a circle of imports: whoever began it answers
+        return False
+    _under_way.add(path)
+    try:
+        return _needs_foreign(ast.parse(path.read_text(encoding="utf-8")).body)
+    finally:
+        _under_way.remove(path)
+
+
+@cache
+def _functions(path: Path) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def item_needs_foreign(item: pytest.Function) -> bool:
+    """Whether the body of this test, or of a fixture that it uses, imports a foreign package."""
+    functions = [item.function]
+    for definitions in item._fixtureinfo.name2fixturedefs.values():
+        functions += [definition.func for definition in definitions]
+    for function in functions:
+        path = Path(function.__code__.co_filename)
+        if path.is_relative_to(ROOT / "tests") and _needs_foreign(_functions(path).get(function.__name__, [])):
+            return True
+    return False
