@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,9 @@ def json_object(text: str, option: str) -> dict[str, Any]:
     return values
 
 
+_FLOAT = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$")
+
+
 def read_settings_file(path: Path) -> dict[str, Any]:
     """Read a file of settings: YAML, or JSON, which is YAML too.
 
@@ -64,8 +68,12 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's numbers: version 1.1, which PyYAML follows, takes `1e-3` for text."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected YAML or JSON: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

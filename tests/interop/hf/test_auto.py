@@ -201,5 +201,5 @@ def test_templates_that_fail_are_named(base_dir, text):
 def test_tokens_that_the_base_has_no_rows_for_are_named(base_dir):
     tokenizer = load_tokenizer(base_dir)
     warn_of_added_tokens(tokenizer, len(tokenizer))
-    with pytest.warns(UserWarning, match=r"1 tokens have no row .* resize_token_embeddings"):
+    with pytest.warns(UserWarning, match=r"1 tokens have no row .*resize_token_embeddings"):
         warn_of_added_tokens(tokenizer, len(tokenizer) - 1)

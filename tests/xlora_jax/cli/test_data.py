@@ -134,7 +134,7 @@ def test_training_on_rows_one_by_one_and_around_bad_records(text_files, tmp_path
     with pytest.warns(UserWarning, match=r"^2 bad records were left out: .*line 8.*; .*line 7"):
         done = invoke([*given, "--skip-bad-records", 2])
     assert done.exit_code == 0, done.output
-    assert "learnt tokens per second" in done.output
+    assert "learned tokens per second" in done.output
     (entry,) = [
         e
         for e in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

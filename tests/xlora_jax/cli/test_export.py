@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,8 +42,13 @@ def export(checkpoint, base, output, *more):
     return run(["export", "--base", str(base), "--checkpoint", str(directory), "--output", str(output), *names, *more])
 
 
-def classifier(directory):
-    return [(weight.tobytes(), bias.tobytes()) for weight, bias in read_xlora(directory).classifier]
+def assert_same_classifier(directory, other):
+    """Bit by bit; the layout of mistral.rs has inner layers as wide as the hidden state, with zeros in the rest."""
+    for ours, theirs in zip(read_xlora(directory).classifier, read_xlora(other).classifier, strict=True):
+        for array, wanted in zip(ours, theirs, strict=True):
+            own = tuple(slice(size) for size in wanted.shape)
+            assert array[own].tobytes() == wanted.tobytes()
+            assert np.count_nonzero(array) == np.count_nonzero(wanted)
 
 
 @pytest.mark.filterwarnings("ignore:.*were recovered from the numbered folders:UserWarning")
@@ -62,7 +68,7 @@ def test_through_every_layout_by_the_commands_of_the_cards(checkpoint, bf16, tmp
         result = run(shlex.split(line)[1:])
         assert result.exit_code == 0, result.output
         assert read_xlora(output).layout == layout
-        assert classifier(output) == classifier(checkpoint[0])
+        assert_same_classifier(output, checkpoint[0])
         came = output.name
     for number, adapter in enumerate(checkpoint[1]):
         ours, theirs = (
