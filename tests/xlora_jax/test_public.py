@@ -35,3 +35,9 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_importing_loads_no_heavy_library() -> None:
     code = "import sys, xlora_jax; print(sorted({'jax', 'flax', 'optax', 'orbax', 'grain'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_api_reference_has_every_name() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api" / "xlora_jax.md").read_text(encoding="utf-8")
+    listed = [line.removeprefix("::: ") for line in page.splitlines() if line.startswith("::: ")]
+    assert sorted(listed) == sorted(f"{module}.{name}" for name, module in xlora_jax._MODULE_OF.items())
