@@ -23,13 +23,13 @@ BASE_CONFIG_FILE = "config.json"
 _WIDTH, _COUNT = 2**30, 1000
 # The largest value that each may have.
 _SIZES = {
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size"), _WIDTH),
-    **dict.fromkeys(("hidden_size", "n_embd"), 2**20),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner", "ffn_dim", "vocab_size"), _WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd", "dim"), 2**20),
     **dict.fromkeys(("word_embed_proj_dim", "moe_intermediate_size"), _WIDTH),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), _WIDTH),
     "head_dim": 2**16,  # rotary frequencies are computed from it, or from the hidden size
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), _COUNT),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), _WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), _COUNT),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads"), _WIDTH),
     **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), _COUNT),
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

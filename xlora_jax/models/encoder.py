@@ -1,4 +1,4 @@
-"""Encoders with a classification head, from the blocks of the decoder: BERT, RoBERTa, ViT.
+"""Encoders with a classification head, from the blocks of the decoder: BERT, RoBERTa, DistilBERT, ViT.
 
 Axes as in :mod:`xlora_jax.models.blocks`; C classes, P patches.
 """
@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from xlora_jax.layers.modules import XLoraConv, XLoraDense, XLoraEmbed
 from xlora_jax.models.blocks import BlockContext, Norm
-from xlora_jax.models.config import DecoderConfig
+from xlora_jax.models.config import ACTIVATIONS, DecoderConfig
 from xlora_jax.models.transformer import DecoderOutput, Transformer
 
 __all__ = ["Encoder", "EncoderConfig", "VisionTransformer"]
@@ -26,7 +26,8 @@ class EncoderConfig(DecoderConfig):
 
     Attributes:
         head: ``token``: a class for each token; ``pooled``: one for the sequence, from its first token through a
-            dense layer with tanh; ``first``: from its first token as it is.
+            dense layer with ``pooler_activation``; ``first``: from its first token as it is.
+        pooler_activation: a key of :data:`~xlora_jax.models.config.ACTIVATIONS`.
         token_types: rows of the table of token types; 0 for none.
         padding_token: the token whose copies have no position (RoBERTa), so that others are counted without them;
             None where positions are 0..T-1 (BERT).
@@ -38,6 +39,7 @@ class EncoderConfig(DecoderConfig):
     heads: ClassVar[tuple[str, ...]] = ("token", "pooled", "first")
 
     head: str = "pooled"
+    pooler_activation: str = "tanh"
     token_types: int = 0
     image_size: tuple[int, ...] = ()
     patch_size: tuple[int, ...] = ()
@@ -84,7 +86,7 @@ class _Classifying(Transformer):
             return self.token_classifier(hidden_states)
         # Every position goes through the head, since each has its own gates; the first is taken then.
         if self.config.head == "pooled":
-            hidden_states = jnp.tanh(self.pooler(hidden_states))
+            hidden_states = ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden_states))
         return self.classifier(hidden_states)[:, 0]
 
     def empty_cache(self, *args: Any, **kwargs: Any) -> Any:

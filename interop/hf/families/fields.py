@@ -219,6 +219,17 @@ def read_rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool 
     return Rope(dim=dim, theta=theta, kind=kind, **read)
 
 
+def read_ropes(fields: Fields, head_dim: int) -> dict[str, Any]:
+    """Return the rope of the blocks that attend to everything and that of the blocks that slide."""
+    positions, rope = fields.take("max_position_embeddings"), fields.nested("rope_parameters")
+    read = {
+        "rope": read_rope(rope.nested("full_attention"), head_dim, positions),
+        "sliding_rope": read_rope(rope.nested("sliding_attention"), head_dim, positions),
+    }
+    rope.pass_over_rest({})
+    return read
+
+
 def _yarn_scale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 

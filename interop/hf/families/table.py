@@ -103,6 +103,7 @@ class Family:
         formerly: pairs of the end of a tensor's name in old files and what it is now.
         module: the Flax module that a declaration is for.
         input_size: the field that says how much there is of what goes in: words, or pixels.
+        head_first: whether torch declares the modules of ``after`` before all others (XLM-RoBERTa).
     """
 
     model_type: str
@@ -117,6 +118,7 @@ class Family:
     formerly: tuple[tuple[str, str], ...] = ()
     module: type[Transformer] = Decoder
     input_size: str = "vocab_size"
+    head_first: bool = False
 
     def modules(self, module: Transformer) -> Iterator[Placed]:
         """All modules that have parameters, and an output head that borrows its own.
@@ -138,14 +140,15 @@ class Family:
             else:
                 yield Placed(hf, path, member, row.kind)
 
-        for row in self.before:
+        first = (*self.after, *self.before) if self.head_first else self.before
+        for row in first:
             yield from placed(row, row.hf, row.path, ())
         for group in config.groups:
             for i in range(group.start, group.start + group.length):
                 place = ((group.name,), (i - group.start,)) if module.scan_layers else ((f"layers_{i}",), ())
                 for row in self.block:
                     yield from placed(row, f"{self.blocks}.{i}.{row.hf}", (*place[0], *row.path), place[1])
-        for row in self.after:
+        for row in () if self.head_first else self.after:
             yield from placed(row, row.hf, row.path, ())
 
     @property

@@ -21,10 +21,10 @@ from interop import load_base
 from interop.hf.families.fields import READ_UNDECLARED, WITHOUT_EFFECT, Fields, declared_fields
 from interop.hf.families.registry import FAMILIES
 from interop.storage.errors import FormatError
-from tests.helpers.encoders import CASES, make_encoder
+from tests.helpers.encoders import CASES, case_of, make_encoder
 from tests.helpers.families import MODELS, make_model
 
-ENCODERS = {"bert": "bert sequence", "roberta": "roberta sequence", "vit": "vit"}
+ENCODERS = {family: case_of(family) for family in dict.fromkeys(case.split(" ")[0] for case in CASES)}
 
 
 def make(family: str, directory: Path) -> Path:
@@ -182,6 +182,7 @@ REFUSED = {
     "is_causal": False,
     "hidden_act": "mish",
     "hidden_activation": "mish",
+    "activation": "mish",
     "activation_function": "mish",
     "use_bidirectional_attention": True,
     "attn_logit_softcapping": None,
