@@ -21,6 +21,16 @@ _TEXT |= {"hidden_act": "gelu_new", "type_vocab_size": 3}
 _ROBERTA = {**_TEXT, "pad_token_id": 1}
 _DISTIL = {"dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4, "vocab_size": 61, "max_position_embeddings": 32}
 _DISTIL |= {"activation": "gelu_new", "num_labels": 5, "sinusoidal_pos_embds": True}
+_MODERN = {**_SHAPE, "num_hidden_layers": 3, "vocab_size": 61, "norm_eps": 3e-3, "num_labels": 5, "pad_token_id": 0}
+_MODERN |= {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 5}
+_MODERN |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "attention_bias": True}
+_MODERN |= {"mlp_bias": True, "hidden_activation": "gelu_new", "classifier_activation": "silu"}
+_MODERN |= {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    }
+}
 _IMAGE = {**_SHAPE, "image_size": (8, 12), "patch_size": (4, 2), "num_channels": 2, "num_labels": 5}
 _IMAGE |= {"qkv_bias": False, "layer_norm_eps": 3e-3}
 # Class in transformers, config fields, modules that the experts adapt.
@@ -41,6 +51,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["q_lin", "lin2", "pre_classifier", "word_embeddings"],
     ),
     "distilbert token": ("DistilBertForTokenClassification", _DISTIL, ["v_lin", "lin1"]),
+    "modernbert sequence": (
+        "ModernBertForSequenceClassification",
+        {**_MODERN, "classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True},
+        ["Wqkv", "mlp.Wo", "tok_embeddings"],
+    ),
+    "modernbert token": ("ModernBertForTokenClassification", _MODERN, ["Wi", "head.dense"]),
     "vit": ("ViTForImageClassification", _IMAGE, ["q_proj", "fc2", "classifier"]),
 }
 

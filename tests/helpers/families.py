@@ -82,6 +82,12 @@ LONGROPE = {
 }
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _BIAS = {"attention_bias": True}
+_TWO_ROPES = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    }
+}
 
 MODELS: dict[str, Model] = {
     "llama": Model({**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "mlp_bias": True}),
@@ -119,19 +125,18 @@ MODELS: dict[str, Model] = {
     ),
     "gemma3_text": Model(
         {**_LLAMA, **_BIAS, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "layer_types": _SLIDING}
-        | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False}
-        | {
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
-            }
-        }
+        | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False, **_TWO_ROPES}
     ),
     "granite": Model(
         {**_LLAMA, **_rope(), **_BIAS, "mlp_bias": True, "embedding_multiplier": 3.0, "attention_multiplier": 0.4}
         | {"residual_multiplier": 0.6, "logits_scaling": 2.5}
     ),
     "olmo2": Model({**_LLAMA, **_rope(), **_BIAS}),
+    "olmo3": Model({**_LLAMA, **_BIAS, **_TWO_ROPES, "sliding_window": 4, "layer_types": _SLIDING}),
+    "stablelm": Model(
+        {**_SHAPE, **_rope(partial_rotary_factor=0.5), "layer_norm_eps": 3e-3, "qk_layernorm": True}
+        | {"use_qkv_bias": True}
+    ),
     "smollm3": Model(
         {**_LLAMA, **_rope(), **_BIAS, "mlp_bias": True, "no_rope_layers": [1, 0, 1]}
         | {"tie_word_embeddings": False}

@@ -1,10 +1,19 @@
-"""Encoders with a classification head: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ViT."""
+"""Encoders with a classification head: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ModernBERT, ViT."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from interop.hf.families.fields import ENCODER_HEADS, Fields, NoHeadError, count_labels, read_activation, task_of
+from interop.hf.families.fields import (
+    ENCODER_HEADS,
+    Fields,
+    NoHeadError,
+    count_labels,
+    read_activation,
+    read_attention_bias,
+    read_ropes,
+    task_of,
+)
 from interop.hf.families.table import Family, Module, linears
 from xlora_jax.models import Encoder, EncoderConfig, VisionTransformer
 
@@ -90,6 +99,45 @@ def _read_distilbert(fields: Fields) -> EncoderConfig:
         mlp_bias=True,
         pooler_activation="relu",
         **_read_head(fields, "DistilBert"),
+    )
+
+
+def _read_modernbert(fields: Fields) -> EncoderConfig:
+    # Of training, or of the head for masked tokens.
+    for name in ("initializer_cutoff_factor", "mlp_dropout", "decoder_bias", "sparse_prediction", "cls_token_id"):
+        fields.take(name)
+    for name in ("sparse_pred_ignore_index", "deterministic_flash_attn"):
+        fields.take(name)
+    heads, hidden = fields.take("num_attention_heads"), fields.take("hidden_size")
+    # transformers has resolved `global_attn_every_n_layers` into it.
+    sliding = tuple(kind == "sliding_attention" for kind in fields.take("layer_types"))
+    reach, pooling = fields.take("local_attention") // 2, fields.take("classifier_pooling")
+    return EncoderConfig(
+        vocab_size=fields.take("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.take("intermediate_size"),
+        num_layers=fields.take("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        **read_ropes(fields, hidden // heads),
+        window=reach if any(sliding) else None,
+        sliding=sliding if any(sliding) else (),
+        qkv="fused",
+        mlp="fused_gated",
+        activation=read_activation(fields, "hidden_activation"),
+        norm="layer" if fields.take("norm_bias") else "layer_unbiased",
+        norm_eps=fields.take("norm_eps"),
+        first_norm=False,
+        final_norm=True,
+        mlp_bias=fields.take("mlp_bias"),
+        pooler_activation=read_activation(fields, "classifier_activation"),
+        pooler_bias=fields.take("classifier_bias"),
+        pooler_norm=True,
+        pools_tokens=True,
+        pools_mean=pooling == "mean",
+        **read_attention_bias(fields),
+        **_read_head(fields, "ModernBert"),
     )
 
 
@@ -213,6 +261,31 @@ _DISTILBERT = Family(
     module=Encoder,
 )
 
+_MODERNBERT = Family(
+    model_type="modernbert",
+    causal_lm="ModernBertForSequenceClassification or ModernBertForTokenClassification",
+    read=_read_modernbert,
+    before=(
+        Module("model.embeddings.tok_embeddings", ("embed_tokens",), "embedding"),
+        Module("model.embeddings.norm", ("embed_norm",), "norm"),
+    ),
+    blocks="model.layers",
+    block=(
+        Module("attn_norm", ("pre_attention_norm",), "norm"),
+        *linears(attn__Wqkv="self_attn.qkv_proj", attn__Wo="self_attn.o_proj"),
+        Module("mlp_norm", ("pre_mlp_norm",), "norm"),
+        *linears(mlp__Wi="mlp.gate_up_proj", mlp__Wo="mlp.down_proj"),
+    ),
+    after=(
+        Module("model.final_norm", ("norm",), "norm"),
+        Module("head.dense", ("pooler",), "linear"),
+        Module("head.norm", ("pooler_norm",), "norm"),
+        Module("classifier", ("classifier",), "linear"),
+        Module("classifier", ("token_classifier",), "linear"),
+    ),
+    module=Encoder,
+)
+
 _ROBERTA_HEAD = (
     Module("classifier.dense", ("pooler",), "linear"),
     Module("classifier.out_proj", ("classifier",), "linear"),
@@ -235,5 +308,6 @@ FAMILIES = (
         for name, stem in _ROBERTA_STEMS.items()
     ),
     _DISTILBERT,
+    _MODERNBERT,
     _VIT,
 )

@@ -33,8 +33,8 @@ class Module:
     A row of which a model has no parameters (a norm that its config leaves out, say) is passed over.
 
     Attributes:
-        hf: name of the torch module; inside a block, relative to it. ``*`` counts the experts of a base model's own
-            mixture.
+        hf: name of the torch module; inside a block, relative to it. ``*`` counts modules that are stacked in ours:
+            the experts of a base model's own mixture, or the norms of single heads.
         path: keys of our module, likewise.
         kind: a key of :data:`LEAVES`.
     """
@@ -126,17 +126,16 @@ class Family:
         They come in torch's pre-order, which is the order in which PEFT numbers adapted layers.
         """
         config = module.config
-        present = {path[:-1] for path in flatten(abstract_params(module))}
+        present = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
         if config.tie_word_embeddings:
-            present.add(("lm_head",))
-        count = config.routed.num_experts if config.routed is not None else 0
+            present.setdefault(("lm_head",), ())
 
         def placed(row: Module, hf: str, path: tuple[str, ...], member: tuple[int, ...]) -> Iterator[Placed]:
             if path not in present:
                 return
             if "*" in hf:
-                for e in range(count):
-                    yield Placed(hf.replace("*", str(e)), path, (*member, e), row.kind)
+                for i in range(present[path][len(member)]):
+                    yield Placed(hf.replace("*", str(i)), path, (*member, i), row.kind)
             else:
                 yield Placed(hf, path, member, row.kind)
 

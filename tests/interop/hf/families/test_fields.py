@@ -52,7 +52,8 @@ TURNED: dict[str, tuple[Any, ...]] = {
     "use_bias": (False,),
     "enable_bias": (False,),
     "qk_layernorm": (False,),
-    "use_parallel_residual": (False,),
+    "use_qkv_bias": (False,),
+    "use_parallel_residual": (False, True),
     "do_layer_norm_before": (False,),
     "layer_norm_elementwise_affine": (False,),
     "_remove_final_layer_norm": (True,),
@@ -136,7 +137,7 @@ def changes(family: str, field: str) -> dict[str, Any]:
         turned["word_embed_proj_dim"] = turned[field]
     if family == "phi3" and field in ("num_attention_heads", "hidden_size"):
         turned["rope_parameters"] = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}
-    if field == "hidden_size" and family in ("phi", "phi3", "gpt_neox"):
+    if field == "hidden_size" and family in ("phi", "phi3", "gpt_neox", "stablelm"):
         turned["num_attention_heads"] = 3
         turned["num_key_value_heads"] = 3
     return {name: value for name, value in turned.items() if family != "gpt_neox" or name != "num_key_value_heads"}
