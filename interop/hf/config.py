@@ -65,16 +65,23 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
     content = read_json(path)
     family = family_of(content.get("model_type"), str(path))
     also_called: Mapping[str, str] = getattr(CONFIG_MAPPING[family.model_type], "attribute_map", {})
-    for name in (family.input_size, *_REQUIRED):
-        given = name if content.get(name) is not None else also_called.get(name, name)
-        if content.get(given) is None:
+    text, declared, required = content, declared_fields(family.model_type), (family.input_size, *_REQUIRED)
+    if family.texts:
+        # Old files have its fields among the others; released ones leave out what transformers fills in as it was.
+        text = content.get("text_config", content)
+        declared = frozenset().union(*map(declared_fields, family.texts))
+        required = ("hidden_size", "num_hidden_layers")
+        if not isinstance(text, Mapping):
+            raise FormatError(f"{path}: field 'text_config': expected an object, got {brief(text)}.")
+    for name in required:
+        given = name if text.get(name) is not None else also_called.get(name, name)
+        if text.get(given) is None:
             raise FormatError(
                 f"{path}: field {given!r}: expected a whole number of at least 1, got "
-                f"{'null' if given in content else 'nothing: the field is missing'}."
+                f"{'null' if given in text else 'nothing: the field is missing'}."
             )
-    declared = declared_fields(family.model_type)
     for name, most in _SIZES.items():
-        size = content.get(name)
+        size = text.get(name)
         if size is not None and name in declared and (type(size) is not int or not 1 <= size <= most):
             raise FormatError(
                 f"{path}: field {name!r}: expected a whole number from 1 to {most}, got {brief(size)} "

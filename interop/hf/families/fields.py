@@ -35,6 +35,11 @@ class Fields:
         """Return a field and strike it off."""
         return self._left.pop(name, default)
 
+    def keep(self, settings: frozenset[str]) -> None:
+        """Pass over the fields that are none of ``settings``."""
+        self.passed_over += [n for n in self._left if n not in settings and n not in WITHOUT_EFFECT]
+        self._left = {name: value for name, value in self._left.items() if name in settings}
+
     def peek(self, name: str) -> Any:
         """Return a field without striking it off."""
         return self._left.get(name)

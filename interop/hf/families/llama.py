@@ -92,10 +92,11 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
             "attn_logit_softcapping", cap, "None: transformers reads it for Gemma 3 but does not apply it"
         )
     declared = _gemma2(fields)
-    return llama_config(fields, qk_norm="head", **declared, **read_ropes(fields, _head_dim(fields)))
+    return llama_config(fields, qk_norm="head", **declared, **read_ropes(fields, head_dim_of(fields)))
 
 
-def _head_dim(fields: Fields) -> int:
+def head_dim_of(fields: Fields) -> int:
+    """Return C without striking off the fields that it comes from."""
     size: int = fields.peek("head_dim") or fields.peek("hidden_size") // fields.peek("num_attention_heads")
     return size
 
@@ -142,7 +143,7 @@ def _read_olmo3(fields: Fields) -> DecoderConfig:
         norm="rms_float32",
         norm_placement="after",
         qk_norm="whole",
-        **read_ropes(fields, _head_dim(fields)),
+        **read_ropes(fields, head_dim_of(fields)),
         **read_attention_bias(fields),
     )
 

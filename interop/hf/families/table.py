@@ -104,6 +104,11 @@ class Family:
         module: the Flax module that a declaration is for.
         input_size: the field that says how much there is of what goes in: words, or pixels.
         head_first: whether torch declares the modules of ``after`` before all others (XLM-RoBERTa).
+        texts: values of ``model_type`` that the ``text_config`` of a multimodal model may have; empty for a model of
+            text alone.
+        starts: groups of starts of tensor names that mean the same: in torch, in files as transformers writes them,
+            then in other files.
+        unread: modules that are not built here, the vision side: keys that come right after an optional ``model``.
     """
 
     model_type: str
@@ -119,6 +124,9 @@ class Family:
     module: type[Transformer] = Decoder
     input_size: str = "vocab_size"
     head_first: bool = False
+    texts: tuple[str, ...] = ()
+    starts: tuple[tuple[str, ...], ...] = ()
+    unread: tuple[str, ...] = ()
 
     def modules(self, module: Transformer) -> Iterator[Placed]:
         """All modules that have parameters, and an output head that borrows its own.
@@ -158,7 +166,9 @@ class Family:
 
     @property
     def prefix(self) -> str:
-        """First part of the torch names, which files lack that were saved without an output head."""
+        """Start of names in files, which files lack that were saved without an output head."""
+        if self.starts:
+            return self.starts[0][1]
         return self.before[0].hf.split(".")[0] + "."
 
     def is_head(self, tensor: str) -> bool:
@@ -169,7 +179,20 @@ class Family:
         """Return the name in files of a torch module."""
         for part, stored in self.renamed:
             hf = hf.replace(part, stored)
-        return hf
+        return next((stored + hf.removeprefix(start) for start, stored, *_ in self.starts if hf.startswith(start)), hf)
+
+    def as_written(self, tensor: str) -> str:
+        """Return the name that transformers writes for a tensor, from any of the names that files have for it."""
+        spelled = [(start, group[1]) for group in self.starts for start in group if tensor.startswith(start)]
+        if not spelled:
+            return tensor
+        start, stored = max(spelled, key=lambda pair: len(pair[0]))
+        return stored + tensor.removeprefix(start)
+
+    def is_unread(self, name: str) -> bool:
+        """Whether a tensor or a module is of a part that is not built here."""
+        parts = name.split(".")
+        return bool(self.unread) and parts[parts[0] == "model"] in self.unread
 
     def adapted_layers(self, base: Transformer, adapted: Collection[str], *, with_bias: bool) -> AdaptedLayers:
         """Number the modules named in ``adapted`` as PEFT does."""

@@ -19,6 +19,8 @@ from tests.helpers.families import LAYERS, LONGROPE, MODELS, make_model
 from tests.helpers.reference import base_run, prompt, relative_error
 
 TOLERANCE = 1e-5
+# Of multimodal models the text side alone is built.
+pytestmark = pytest.mark.filterwarnings("ignore:.*tensors of the vision side")
 FLIPPED = ["full_attention", "sliding_attention", "full_attention"]
 # A second value for each field; the first that differs from the model's own is taken.
 TURNED: dict[str, tuple[Any, ...]] = {
