@@ -65,9 +65,10 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
     content = read_json(path)
     family = family_of(content.get("model_type"), str(path))
     also_called: Mapping[str, str] = getattr(CONFIG_MAPPING[family.model_type], "attribute_map", {})
-    text, declared, required = content, declared_fields(family.model_type), (family.input_size, *_REQUIRED)
+    text, declared = content, declared_fields(family.model_type)
+    required: tuple[str, ...] = (family.input_size, *_REQUIRED)
     if family.texts:
-        # Old files have its fields among the others; released ones leave out what transformers fills in as it was.
+        # Old files have its fields among the others. Released ones leave out fields at transformers' defaults.
         text = content.get("text_config", content)
         declared = frozenset().union(*map(declared_fields, family.texts))
         required = ("hidden_size", "num_hidden_layers")

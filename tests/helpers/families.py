@@ -220,7 +220,9 @@ MODELS |= {
     "qwen3_vl": Model(
         {
             "text_config": {
-                **{**_LLAMA, **_BIAS, "head_dim": 12},
+                **_LLAMA,
+                **_BIAS,
+                "head_dim": 12,
                 **_rope(mrope_section=[2, 2, 2], mrope_interleaved=True),
             },
             "vision_config": {**_VISION_OF_QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},

@@ -96,9 +96,7 @@ class _Classifying(Transformer):
         else:
             self.classifier = classifier
 
-    def see_all(
-        self, x: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None = None
-    ) -> jax.Array:
+    def see_all(self, x: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None = None) -> jax.Array:
         """Take ``x [B, T, D]`` through the blocks; padding is seen by none.
 
         Args:
@@ -259,9 +257,9 @@ class VisionTransformer(_Classifying):
         self.norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
         self.make_blocks_and_head()
 
-    def unembed(self, hidden_states: jax.Array) -> jax.Array:
+    def unembed(self, hidden_states: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """Logits ``[B, C]`` of ``hidden_states [B, 1 + P, D]`` before the final norm."""
-        return super().unembed(self.norm(hidden_states))
+        return super().unembed(self.norm(hidden_states), attention_mask)
 
     def example_inputs(self) -> dict[str, jax.Array]:
         """One image."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from interop.hf.families.fields import READ_UNDECLARED, Fields, declared_fields, read_attention_bias, read_rope
 from interop.hf.families.llama import FAMILIES as TEXT_FAMILIES
@@ -46,7 +47,9 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
     cap = fields.peek("final_logit_softcapping")
     if cap is not None:
         raise fields.error(
-            "final_logit_softcapping", cap, "None: transformers applies it to the text model alone, not in Gemma 3 as a whole"
+            "final_logit_softcapping",
+            cap,
+            "None: transformers applies it to the text model alone, not in Gemma 3 as a whole",
         )
     return _reader_of("gemma3_text")(fields)
 
@@ -59,7 +62,7 @@ def _read_qwen3_vl(fields: Fields) -> DecoderConfig:
     return _with_mrope(fields, qk_norm="head", **read_attention_bias(fields))
 
 
-def _with_mrope(fields: Fields, **declared: object) -> DecoderConfig:
+def _with_mrope(fields: Fields, **declared: Any) -> DecoderConfig:
     """Read a config whose rope has an axis each for time, height and width: with text alone the three are equal."""
     positions, rope = fields.take("max_position_embeddings"), fields.nested("rope_parameters")
     for name in ("mrope_section", "mrope_interleaved"):
