@@ -109,7 +109,8 @@ def _declare(
         raise FormatError(f"{directory}: no config.json; expected the directory of an HF base model.")
     family, config = read_config(config_file)
     if dtype is None:
-        dtype = config.get("dtype") or "float32"
+        # Of a multimodal model the text side may have it.
+        dtype = config.get("dtype") or (config.get("text_config") or {}).get("dtype") or "float32"
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")

@@ -98,6 +98,8 @@ WITHOUT_EFFECT = frozenset(
         *("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "layerdrop", "residual_dropout"),
         *("embedding_dropout", "classifier_dropout", "router_aux_loss_coef", "output_router_logits"),
         *("router_jitter_noise",),
+        # Old fields, which the config classes have made `layer_types` of.
+        *("sliding_window_pattern", "global_attn_every_n_layers"),
     )
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -175,6 +176,17 @@ def test_peft_reads_an_export_over_the_whole_model(made: tuple[str, Path], tmp_p
         out = ours(**inputs)
     assert relative_error(out.scalings, scalings, inputs["attention_mask"]) <= TOLERANCE
     assert relative_error(out.logits, logits, inputs["attention_mask"]) <= TOLERANCE
+
+
+@quietly
+def test_the_dtype_may_be_that_of_the_text_side(tmp_path: Path) -> None:
+    """As in Qwen3-VL's released configs."""
+    base_dir = make_model(tmp_path / "base", "qwen3_vl")
+    config = json.loads((base_dir / "config.json").read_text())
+    config["text_config"]["dtype"] = "bfloat16"
+    del config["dtype"]
+    (base_dir / "config.json").write_text(json.dumps(config))
+    assert load_base(base_dir).module.dtype == jnp.bfloat16
 
 
 @quietly
