@@ -98,8 +98,8 @@ WITHOUT_EFFECT = frozenset(
         *("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "layerdrop", "residual_dropout"),
         *("embedding_dropout", "classifier_dropout", "router_aux_loss_coef", "output_router_logits"),
         *("router_jitter_noise",),
-        # Old fields, which the config classes have made `layer_types` of.
-        *("sliding_window_pattern", "global_attn_every_n_layers"),
+        # Old fields, which the config classes have read into `layer_types` and `rope_parameters`.
+        *("sliding_window_pattern", "global_attn_every_n_layers", "partial_rotary_factor"),
     )
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {

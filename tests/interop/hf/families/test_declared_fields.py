@@ -113,12 +113,14 @@ def fields_read(family: str) -> frozenset[str]:
 
 # Attributes of a config that are no fields of its file.
 NO_FIELDS = {"get_text_config", "token_type_ids", "embedding_size", "crossattention", "q_attn", "is_sliding"}
+# Half of `local_attention`, a property; a file that sets it has set that.
+PROPERTIES = {"modernbert": {"sliding_window"}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_that_are_read_without_being_declared_are_known(family: str) -> None:
     unknown = fields_read(family) - declared(family) - READ_UNDECLARED - WITHOUT_EFFECT - NO_FIELDS
-    assert not unknown
+    assert not unknown - PROPERTIES.get(family, set())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
