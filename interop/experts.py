@@ -17,7 +17,7 @@ from interop.hf.base import BaseOrigin, Placer, put_on_default_device
 from interop.hf.families.table import ADAPTABLE, LEAVES, Placed, abstract_params
 from interop.peft.adapter import LoraAdapter, LoraLayer
 from interop.peft.names import match_module, renamed
-from interop.storage.errors import FormatError
+from interop.storage.errors import FormatError, listed
 from interop.storage.tensors import LazyTensor
 from xlora_jax import BaseModel
 from xlora_jax.layers.adapted import ABSENT, AdaptedLayers
@@ -40,6 +40,8 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
     module = cast(Transformer, base.module)
     shapes = _layer_shapes(base)
     places = {placed.hf: placed for placed in origin.family.modules(module) if placed.kind in ADAPTABLE}
+    for adapter in adapters:
+        _check_side(adapter, origin)
     fitted = tuple(renamed(adapter, places) for adapter in adapters)
     for adapter in fitted:
         for name, layer in adapter.layers.items():
@@ -56,6 +58,18 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
             _check_own_weight(adapter, tensor, place, part, base)
         _check_saved(adapter, base)
     return fitted
+
+
+def _check_side(adapter: LoraAdapter, origin: BaseOrigin) -> None:
+    """Refuse an adapter of the vision side of a multimodal base."""
+    family = origin.family
+    if odd := [path for path in adapter.layers if any(part in family.unread for part in path.split("."))]:
+        raise FormatError(
+            f"adapter {adapter.name!r} ({adapter.path}) adapts the vision side of {origin.name_or_path} "
+            f"({listed(odd)}), and of a {family.model_type} only the text side is built. Expected modules of "
+            f"{family.blocks.rpartition('.')[0]!r}: train it with target_modules of the language model alone, or leave "
+            f"it out."
+        )
 
 
 def _check_saved(adapter: LoraAdapter, base: BaseModel) -> None:

@@ -212,6 +212,7 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         layer_names=model.layer_names,
         extras={"task_type": _TASK_TYPES[model.module.config.head], **origin.extras},
         head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
+        num_labels=model.module.config.num_labels,
     )
 
 

@@ -56,6 +56,7 @@ def write_xlora(
     layer_names: Sequence[str],
     extras: Mapping[str, Any] | None = None,
     head: Mapping[str, NDArray[Any]] | None = None,
+    num_labels: int | None = None,
 ) -> None:
     """Writes a self-contained checkpoint: settings, classifier, experts, their names, a model card.
 
@@ -70,6 +71,7 @@ def write_xlora(
         extras: further fields for PEFT's settings: `task_type`, `revision`, `auto_mapping`.
         head: tensors of a classification head that is not the base's own, by Hugging Face name and in torch's layout.
             The experts are written without theirs: PEFT's X-LoRA can't load such.
+        num_labels: number of classes of `head`, for the card.
 
     Raises:
         FormatError: what doesn't fit together, or what the layout can't express.
@@ -95,7 +97,7 @@ def write_xlora(
         ordering["task_type"] = task_type
     with replacing(target, owned=_owned(target)) as partial:
         write_json(partial / ORDERING_FILE, ordering)
-        labels = len(head[max(head)]) if head else None  # of RoBERTa's two layers the output's name is the later one
+        labels = num_labels if head else None
         card = model_card(layout, config, adapters, base_model, len(layer_names), task_type, labels)
         replace_text(partial / CARD_FILE, card)
         if layout == "peft":

@@ -39,6 +39,7 @@ _MAX_SHARD_BYTES = 5 * 10**9  # as transformers splits
 _COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
     *("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
 )
 _OWNED = ("config.json", "model*.safetensors", "model.safetensors.index.json", *_COMPANIONS)
 
@@ -108,7 +109,8 @@ def _declare(
         raise FormatError(f"{directory}: no config.json; expected the directory of an HF base model.")
     family, config = read_config(config_file)
     if dtype is None:
-        dtype = config.get("dtype") or "float32"
+        # Of a multimodal model the text side may have it.
+        dtype = config.get("dtype") or (config.get("text_config") or {}).get("dtype") or "float32"
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
@@ -248,7 +250,8 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
     """Write a base model as HF files, which transformers and :func:`load_base` read.
 
     Parameters are written in the dtype that they have: an unchanged model loaded in its stored dtype comes back bit for
-    bit. The config is the one that was loaded, with that dtype; the tokenizer's files beside it are copied.
+    bit. The config is the one that was loaded, with that dtype; the tokenizer's files beside it are copied, and the
+    vision side of a multimodal model too.
 
     Args:
         model: as :func:`load_base` gives it.
@@ -270,7 +273,11 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
         for name in _COMPANIONS:
             if (companion := file_in(origin.directory, name)) is not None:
                 shutil.copyfile(companion, folder / name)
-        _write_shards(folder, _tensors(model), max_shard_bytes)
+        unread: dict[str, LazyTensor] = {}
+        if origin.family.unread:
+            stored = open_tensors(origin.directory)
+            unread = {name: tensor for name, tensor in stored.items() if origin.family.is_unread(name)}
+        _write_shards(folder, {**unread, **_tensors(model)}, max_shard_bytes)
 
 
 def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
@@ -371,9 +378,19 @@ def _as_stored(
     table may be stored as the head only, and heads of other tasks are not used.
     """
     family, where = origin.family, origin.directory
+    if unread := [name for name in tensors if family.is_unread(name)]:
+        parts = dict.fromkeys(name.split(".")[name.startswith("model.")] for name in unread)
+        warnings.warn(
+            f"{where}: {len(unread)} tensors of the vision side ({', '.join(parts)}) are passed over: of a "
+            f"{family.model_type} only the text side is built.",
+            UserWarning,
+            stacklevel=3,
+        )
+    tensors = {family.as_written(name): tensor for name, tensor in tensors.items() if not family.is_unread(name)}
     if not any(name.startswith(family.prefix) for name in tensors):
         # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
-        tensors = {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
+        head = f"{family.in_file('lm_head')}."
+        tensors = {name if name.startswith(head) else family.prefix + name: t for name, t in tensors.items()}
     for old, new in family.formerly:
         tensors = {f"{name.removesuffix(old)}{new}" if name.endswith(old) else name: t for name, t in tensors.items()}
     head, table = (f"{family.in_file(name)}.weight" for name in ("lm_head", family.before[0].hf))

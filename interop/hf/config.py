@@ -24,13 +24,13 @@ BASE_CONFIG_FILE = "config.json"
 _WIDTH, _COUNT = 2**30, 1000
 # The largest value that each may have.
 _SIZES = {
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size"), _WIDTH),
-    **dict.fromkeys(("hidden_size", "n_embd"), 2**20),
+    **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner", "ffn_dim", "vocab_size"), _WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd", "dim"), 2**20),
     **dict.fromkeys(("word_embed_proj_dim", "moe_intermediate_size"), _WIDTH),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), _WIDTH),
     "head_dim": 2**16,  # rotary frequencies are computed from it, or from the hidden size
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), _COUNT),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), _WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), _COUNT),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads"), _WIDTH),
     **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), _COUNT),
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -66,16 +66,24 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
     content = read_json(path)
     family = family_of(content.get("model_type"), str(path))
     also_called: Mapping[str, str] = getattr(CONFIG_MAPPING[family.model_type], "attribute_map", {})
-    for name in (family.input_size, *_REQUIRED):
-        given = name if content.get(name) is not None else also_called.get(name, name)
-        if content.get(given) is None:
+    text, declared = content, declared_fields(family.model_type)
+    required: tuple[str, ...] = (family.input_size, *_REQUIRED)
+    if family.texts:
+        # Old files have its fields among the others. Released ones leave out fields at transformers' defaults.
+        text = content.get("text_config", content)
+        declared = frozenset().union(*map(declared_fields, family.texts))
+        required = ("hidden_size", "num_hidden_layers")
+        if not isinstance(text, Mapping):
+            raise FormatError(f"{path}: field 'text_config': expected an object, got {brief(text)}.")
+    for name in required:
+        given = name if text.get(name) is not None else also_called.get(name, name)
+        if text.get(given) is None:
             raise FormatError(
                 f"{path}: field {given!r}: expected a whole number of at least 1, got "
-                f"{'null' if given in content else 'nothing: the field is missing'}."
+                f"{'null' if given in text else 'nothing: the field is missing'}."
             )
-    declared = declared_fields(family.model_type)
     for name, most in _SIZES.items():
-        size = content.get(name)
+        size = text.get(name)
         if size is not None and name in declared and (type(size) is not int or not 1 <= size <= most):
             raise FormatError(
                 f"{path}: field {name!r}: expected a whole number from 1 to {most}, got {brief(size)} "

@@ -148,4 +148,8 @@ def _stored_fields(base: str | Path, **hub_options: Any) -> tuple[Path, dict[str
     path = file_in(directory, "config.json")
     if path is None:
         raise FormatError(f"{directory}: no config.json; expected the directory of an HF base model.")
-    return path, {name: value for name, value in read_json(path).items() if name in ("eos_token_id", "pad_token_id")}
+    content = read_json(path)
+    text = content.get("text_config")
+    if isinstance(text, dict):  # of a multimodal model
+        content = {**text, **content}
+    return path, {name: value for name, value in content.items() if name in ("eos_token_id", "pad_token_id")}

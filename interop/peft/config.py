@@ -97,9 +97,9 @@ _FIELDS: dict[str, _Handled | _NoEffect | _Refused] = {
     "enable_lora": _Refused(_NOTHING, "the merged projections of PEFT 0.2 are not supported", PLAIN),
 }
 
-# Names of classification heads in transformers. PEFT saves them whole for task_type SEQ_CLS and TOKEN_CLS: which of the
-# two a model has shows in the stored keys.
-HEADS = ("classifier", "score")
+# Names of classification heads in transformers. PEFT saves them whole for task_type SEQ_CLS and TOKEN_CLS: which of
+# them a model has shows in the stored keys. (DistilBERT has the first two.)
+HEADS = ("classifier", "pre_classifier", "score")
 TASKS = ("SEQ_CLS", "TOKEN_CLS")
 # Initialisations that leave the base as it was. The others (pissa, olora, corda, loftq, lora_ga) change it.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

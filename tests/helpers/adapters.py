@@ -13,9 +13,6 @@ def fresh_base(directory):
     return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
-
-
-
 def make_adapter(base_dir, directory, r=4, alpha=6, **options):
     """As `reference.make_adapter`, for adapters with biases and buffers too."""
     model = get_peft_model(fresh_base(base_dir), LoraConfig(r=r, lora_alpha=alpha, task_type="CAUSAL_LM", **options))

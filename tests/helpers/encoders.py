@@ -1,4 +1,4 @@
-"""Small random encoders of transformers with a classification head, their inputs and adapters: BERT, RoBERTa, ViT."""
+"""Small random encoders of transformers with a classification head, their inputs and adapters."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ _SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "n
 _TEXT = {**_SHAPE, "vocab_size": 61, "max_position_embeddings": 32, "layer_norm_eps": 3e-3, "num_labels": 5}
 _TEXT |= {"hidden_act": "gelu_new", "type_vocab_size": 3}
 _ROBERTA = {**_TEXT, "pad_token_id": 1}
+_DISTIL = {"dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4, "vocab_size": 61, "max_position_embeddings": 32}
+_DISTIL |= {"activation": "gelu_new", "num_labels": 5, "sinusoidal_pos_embds": True}
+_MODERN = {**_SHAPE, "num_hidden_layers": 3, "vocab_size": 61, "norm_eps": 3e-3, "num_labels": 5, "pad_token_id": 0}
+_MODERN |= {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 5}
+_MODERN |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "attention_bias": True}
+_MODERN |= {"mlp_bias": True, "hidden_activation": "gelu_new", "classifier_activation": "silu"}
+_MODERN |= {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    }
+}
 _IMAGE = {**_SHAPE, "image_size": (8, 12), "patch_size": (4, 2), "num_channels": 2, "num_labels": 5}
 _IMAGE |= {"qkv_bias": False, "layer_norm_eps": 3e-3}
 # Class in transformers, config fields, modules that the experts adapt.
@@ -31,6 +43,20 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "bert token": ("BertForTokenClassification", _TEXT, ["key", "intermediate.dense"]),
     "roberta sequence": ("RobertaForSequenceClassification", _ROBERTA, ["query", "output.dense"]),
     "roberta token": ("RobertaForTokenClassification", _ROBERTA, ["value", "intermediate.dense"]),
+    "xlm-roberta sequence": ("XLMRobertaForSequenceClassification", _ROBERTA, ["value", "classifier.dense"]),
+    "xlm-roberta token": ("XLMRobertaForTokenClassification", _ROBERTA, ["key", "intermediate.dense"]),
+    "distilbert sequence": (
+        "DistilBertForSequenceClassification",
+        _DISTIL,
+        ["q_lin", "lin2", "pre_classifier", "word_embeddings"],
+    ),
+    "distilbert token": ("DistilBertForTokenClassification", _DISTIL, ["v_lin", "lin1"]),
+    "modernbert sequence": (
+        "ModernBertForSequenceClassification",
+        {**_MODERN, "classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True},
+        ["Wqkv", "mlp.Wo", "tok_embeddings"],
+    ),
+    "modernbert token": ("ModernBertForTokenClassification", _MODERN, ["Wi", "head.dense"]),
     "vit": ("ViTForImageClassification", _IMAGE, ["q_proj", "fc2", "classifier"]),
 }
 
@@ -46,8 +72,15 @@ def encoder_inputs(case: str, **changes: Any) -> dict[str, np.ndarray]:
     mask = np.ones_like(ids)
     mask[1, 6:] = 0
     mask[2, :2] = 0
-    types = random.integers(0, options["type_vocab_size"], (3, 9)).astype(np.int32)
-    return {"input_ids": np.where(mask, ids, padding).astype("i4"), "attention_mask": mask, "token_type_ids": types}
+    inputs = {"input_ids": np.where(mask, ids, padding).astype("i4"), "attention_mask": mask}
+    if "type_vocab_size" in options:
+        inputs["token_type_ids"] = random.integers(0, options["type_vocab_size"], (3, 9)).astype(np.int32)
+    return inputs
+
+
+def case_of(family: str) -> str:
+    """Return the first case of a family."""
+    return next(case for case in CASES if case.split(" ")[0] == family)
 
 
 def make_encoder(case: str, directory: Path, **changes: Any) -> Any:

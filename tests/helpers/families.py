@@ -1,6 +1,6 @@
 """A small random model of every family: every config field away from its default, and which modules are adapted.
 
-What differs between families stands here as data; `tests/interop/test_families*.py` hold it against transformers.
+What differs between families stands here as data; `tests/interop/hf/families` holds it against transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.helpers.reference import VOCAB, Expert, adapter_matrices, randomise, tensors
@@ -47,6 +47,7 @@ class Model:
         embedding: name of its embedding, if PEFT's X-LoRA can load experts on it.
         in_peft: whether PEFT's X-LoRA loads experts of this family; else the reference is the formula alone.
         lora: further fields of its adapters' config.
+        within: regular expression of the modules that adapters are looked for in, where others have the same names.
     """
 
     options: Mapping[str, Any]
@@ -55,10 +56,21 @@ class Model:
     embedding: str | None = "embed_tokens"
     in_peft: bool = True
     lora: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    within: str = ""
 
     def experts(self) -> tuple[Expert, ...]:
         """Three experts of unequal rank, scale, targets and layers."""
         first = (*self.attention, *((self.embedding,) if self.embedding and self.in_peft else ()))
+        if self.within:
+
+            def targets(*names: str, blocks: str = "") -> str:
+                return rf"{self.within}{blocks}\.(?:{'|'.join(names)})"
+
+            return (
+                Expert(2, 4, targets(*first), more=self.lora),
+                Expert(5, 5, targets(*self.mlp, blocks=r"layers\.[02].*"), more=self.lora),
+                Expert(3, 4, targets(self.attention[0], self.mlp[-1]), more={"use_rslora": True, **self.lora}),
+            )
         return (
             Expert(2, 4, first, more=self.lora),
             Expert(5, 5, self.mlp or self.attention[:1], layers=(0, 2), more=self.lora),
@@ -82,6 +94,12 @@ LONGROPE = {
 }
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _BIAS = {"attention_bias": True}
+_TWO_ROPES = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    }
+}
 
 MODELS: dict[str, Model] = {
     "llama": Model({**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "mlp_bias": True}),
@@ -119,19 +137,18 @@ MODELS: dict[str, Model] = {
     ),
     "gemma3_text": Model(
         {**_LLAMA, **_BIAS, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "layer_types": _SLIDING}
-        | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False}
-        | {
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
-            }
-        }
+        | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False, **_TWO_ROPES}
     ),
     "granite": Model(
         {**_LLAMA, **_rope(), **_BIAS, "mlp_bias": True, "embedding_multiplier": 3.0, "attention_multiplier": 0.4}
         | {"residual_multiplier": 0.6, "logits_scaling": 2.5}
     ),
     "olmo2": Model({**_LLAMA, **_rope(), **_BIAS}),
+    "olmo3": Model({**_LLAMA, **_BIAS, **_TWO_ROPES, "sliding_window": 4, "layer_types": _SLIDING}),
+    "stablelm": Model(
+        {**_SHAPE, **_rope(partial_rotary_factor=0.5), "layer_norm_eps": 3e-3, "qk_layernorm": True}
+        | {"use_qkv_bias": True}
+    ),
     "smollm3": Model(
         {**_LLAMA, **_rope(), **_BIAS, "mlp_bias": True, "no_rope_layers": [1, 0, 1]}
         | {"tie_word_embeddings": False}
@@ -163,11 +180,70 @@ MODELS: dict[str, Model] = {
     ),
 }
 
+_VISION = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION |= {"image_size": 16, "patch_size": 8}
+_VISION_OF_QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "patch_size": 4}
+_VISION_OF_QWEN |= {"out_hidden_size": 48}
+_IMAGES = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+_WITHIN = r"model\.language_model\..*"
+
+# Multimodal models: fields of the text side as of the family that it is alone.
+MODELS |= {
+    "gemma3": Model(
+        {
+            "text_config": {**MODELS["gemma3_text"].options, "final_logit_softcapping": None},
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 90,
+            "boi_token_index": 91,
+            "eoi_token_index": 92,
+            "tie_word_embeddings": False,
+        },
+        within=_WITHIN,
+    ),
+    "mistral3": Model(
+        {
+            "text_config": {**MODELS["mistral"].options, "model_type": "mistral"},
+            "vision_config": {"model_type": "pixtral", **_VISION},
+            "image_token_index": 10,
+        },
+        within=_WITHIN,
+    ),
+    "qwen2_5_vl": Model(
+        {
+            "text_config": {**MODELS["qwen2"].options, **_rope(mrope_section=[1, 1, 2])},
+            "vision_config": {**_VISION_OF_QWEN, "fullatt_block_indexes": [0]},
+            **_IMAGES,
+        },
+        within=_WITHIN,
+    ),
+    "qwen3_vl": Model(
+        {
+            "text_config": {
+                **_LLAMA,
+                **_BIAS,
+                "head_dim": 12,
+                **_rope(mrope_section=[2, 2, 2], mrope_interleaved=True),
+            },
+            "vision_config": {**_VISION_OF_QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            **_IMAGES,
+        },
+        within=_WITHIN,
+    ),
+}
+
 
 def make_model(out_dir: Path, family: str, seed: int = 0, **changes: Any) -> Path:
     """Save the family's random model, with `changes` to its config, as a Hugging Face directory."""
-    config = CONFIG_MAPPING[family](**{**copy.deepcopy(dict(MODELS[family].options)), **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    options = copy.deepcopy(dict(MODELS[family].options))
+    auto = AutoModelForCausalLM
+    if "text_config" in options:
+        auto = AutoModelForImageTextToText
+        tied = {name: changes.pop(name) for name in ("tie_word_embeddings",) if name in changes}
+        options |= {"text_config": {**options["text_config"], **changes}, **tied}
+        changes = {}
+    config = CONFIG_MAPPING[family](**{**options, **changes})
+    model = auto.from_config(config, dtype=torch.float32)
     randomise(model, seed)
     model.save_pretrained(out_dir)
     return Path(out_dir)

@@ -18,7 +18,7 @@ NAMES = ("arithmetic", "prose", "code", "law", "chemistry")
 
 def our_config(base_dir: Path, adapters: Mapping[str, Any], **config: Any) -> XLoraConfig:
     return XLoraConfig(
-        hidden_size=config_of(base_dir).hidden_size,
+        hidden_size=config_of(base_dir).get_text_config().hidden_size,
         adapters={name: str(path) for name, path in adapters.items()},
         **{"xlora_size": 24, "xlora_dropout_p": 0.0, **config},
     )

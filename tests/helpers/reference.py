@@ -24,7 +24,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 97, 48, 80, 3, 6, 2
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -100,7 +100,9 @@ def torch_base(base_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @cache
 def _cached_base(base_dir: str, dtype: torch.dtype) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype)
+    config = AutoConfig.from_pretrained(base_dir)
+    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model = auto.from_pretrained(base_dir, dtype=dtype)
     model.config.use_cache = False
     return model.eval()
 
@@ -202,7 +204,7 @@ def peft_xlora(base_dir: Path, adapters: Sequence[Path], seed: int = 0, gate_sca
         base,
         peft.XLoraConfig(
             task_type="CAUSAL_LM",
-            hidden_size=base.config.hidden_size,
+            hidden_size=base.config.get_text_config().hidden_size,
             adapters={str(i): str(path) for i, path in enumerate(adapters)},
             **config,
         ),

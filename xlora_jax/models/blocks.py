@@ -61,12 +61,14 @@ class Norm(nn.Module):
         eps: added to the mean square or the variance.
         dtype: of the result.
         param_dtype: of the parameters at initialisation.
+        heads: size of the axis before the last, each of whose members has a scale of its own; None for one scale.
     """
 
     kind: str
     eps: float
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
+    heads: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,13 +79,13 @@ class Norm(nn.Module):
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         if kind.scaled:
-            shape = (x.shape[-1],)
+            shape = (x.shape[-1],) if self.heads is None else (self.heads, x.shape[-1])
             init = nn.initializers.zeros_init() if kind.offset else nn.initializers.ones_init()
             scale = self.param("scale", init, shape, self.param_dtype)
             if kind.rounds_first:
                 return y.astype(self.dtype) * scale.astype(self.dtype)
             y = y * (kind.offset + scale.astype(jnp.float32))
-            if kind.centred:
+            if kind.biased:
                 bias = self.param("bias", nn.initializers.zeros_init(), shape, self.param_dtype)
                 y = y + bias.astype(jnp.float32)
         return y.astype(self.dtype)
@@ -215,6 +217,9 @@ class Attention(_Part):
         q, k, v = (part.reshape(*x.shape[:-1], count, cfg.head_dim) for part, count in zip(parts, counts, strict=True))
         if cfg.qk_norm == "head":
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
+        elif cfg.qk_norm == "each_head":
+            norm = partial(Norm, "layer_unbiased", cfg.norm_eps, self.dtype, self.param_dtype)
+            q, k = norm(heads=counts[0], name="q_norm")(q), norm(heads=counts[1], name="k_norm")(k)
         return q, k, v
 
 
@@ -301,10 +306,12 @@ class Block(_Part):
     """Attention and MLP, each added to the residual stream.
 
     Attributes:
-        routed: whether a mixture of experts stands in place of the MLP.
+        routed: whether a mixture of experts replaces the MLP.
+        unnormed: whether no norm precedes the attention.
     """
 
     routed: bool = False
+    unnormed: bool = False
 
     @nn.compact
     def __call__(
@@ -323,7 +330,7 @@ class Block(_Part):
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
             return x + y if cfg.residual_multiplier == 1 else x + y * cfg.residual_multiplier
 
-        normed = self.norm("pre_attention_norm")(x) if before else x
+        normed = self.norm("pre_attention_norm")(x) if before and not self.unnormed else x
         y, cache = attention(normed, cache, context, layer)
         if cfg.parallel is not None:
             x = add(x, y + mlp(normed if cfg.parallel == "shared" else self.norm("pre_mlp_norm")(x)))

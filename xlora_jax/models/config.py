@@ -32,14 +32,16 @@ class NormKind:
     """How a norm goes about it.
 
     Attributes:
-        centred: subtract the mean, and add a bias (arXiv 1607.06450); else a root mean square norm (arXiv 1910.07467).
-        scaled: whether it has parameters.
+        centred: subtract the mean (arXiv 1607.06450); else a root mean square norm (arXiv 1910.07467).
+        scaled: whether it has a scale.
+        biased: whether it has a bias too.
         offset: added to the stored scale.
         rounds_first: round to the computation's dtype before the scale is applied, as Llama's does.
     """
 
     centred: bool = False
     scaled: bool = True
+    biased: bool = False
     offset: float = 0.0
     rounds_first: bool = False
 
@@ -48,7 +50,8 @@ NORMS = {
     "rms": NormKind(rounds_first=True),
     "rms_float32": NormKind(),
     "rms_offset": NormKind(offset=1.0),
-    "layer": NormKind(centred=True),
+    "layer": NormKind(centred=True, biased=True),
+    "layer_unbiased": NormKind(centred=True),
     "layer_plain": NormKind(centred=True, scaled=False),
 }
 
@@ -95,8 +98,9 @@ class DecoderConfig:
         positions_from_mask: whether positions count tokens only, so that padding on the left shifts nothing (OPT).
         qkv: ``separate`` projections of query, key and value; ``fused`` side by side in one (Phi-3, GPT-2); or
             ``interleaved`` in one, head by head (GPT-NeoX).
-        qk_norm: norm of queries and keys before rotation: None, per ``head`` (Qwen3), or over all heads, ``whole``
-            (OLMo 2).
+        qk_norm: norm of queries and keys before rotation: None; per ``head``, with one scale for all (Qwen3);
+            ``each_head``, a layer norm without bias that has a scale for each head (StableLM); or over all heads,
+            ``whole`` (OLMo 2).
         attention_scale: multiplies queries times keys; None means 1 / sqrt(C).
         attention_scale_by_depth: divide it by the number of the block, counted from 1 (GPT-2's option).
         attention_softcap: c in ``c tanh(. / c)`` of the attention logits; None for none (Gemma 2).
@@ -112,6 +116,8 @@ class DecoderConfig:
             both (Gemma 2); or on the ``sum`` (OPT's 350m).
         parallel: ``shared``: attention and MLP see the same normed input (Phi); ``own``: each its own norm of the same
             stream (GPT-NeoX); None: one after the other.
+        first_norm: whether a norm precedes the attention of the first block too (not in ModernBERT, which norms the
+            embedding).
         final_norm: whether a norm follows the last block.
         qkv_bias: whether query, key and value projections have a bias.
         o_bias: whether the output projection has one.
@@ -161,6 +167,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     norm_placement: str = "before"
     parallel: str | None = None
+    first_norm: bool = True
     final_norm: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -188,7 +195,7 @@ class DecoderConfig:
             ("norm_placement", ("before", "after", "around", "sum")),
             ("parallel", (None, "shared", "own")),
             ("qkv", ("separate", "fused", "interleaved")),
-            ("qk_norm", (None, "head", "whole")),
+            ("qk_norm", (None, "head", "each_head", "whole")),
             ("mlp", ("gated", "fused_gated", "plain")),
             ("head", self.heads),
         ):
@@ -209,9 +216,10 @@ class DecoderConfig:
     def groups(self) -> tuple[BlockGroup, ...]:
         """Runs of blocks with the same parameters: each is one scan. All but few models have one."""
         routed = self.routed_layers or (self.routed is not None,) * self.num_layers
-        starts = [i for i in range(self.num_layers) if i == 0 or routed[i] != routed[i - 1]]
+        kinds = [(routed[i], i == 0 and not self.first_norm) for i in range(self.num_layers)]
+        starts = [i for i in range(self.num_layers) if i == 0 or kinds[i] != kinds[i - 1]]
         return tuple(
-            BlockGroup("layers" if len(starts) == 1 else f"group_{g}", start, end - start, routed[start])
+            BlockGroup("layers" if len(starts) == 1 else f"group_{g}", start, end - start, *kinds[start])
             for g, (start, end) in enumerate(zip(starts, (*starts[1:], self.num_layers), strict=True))
         )
 
@@ -236,9 +244,11 @@ class BlockGroup:
         start: number of the first.
         length: how many.
         routed: whether they have a mixture of experts in place of an MLP.
+        unnormed: whether no norm precedes their attention.
     """
 
     name: str
     start: int
     length: int
     routed: bool
+    unnormed: bool

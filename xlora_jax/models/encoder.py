@@ -1,4 +1,4 @@
-"""Encoders with a classification head, from the blocks of the decoder: BERT, RoBERTa, ViT.
+"""Encoders with a classification head, from the blocks of the decoder: BERT, RoBERTa, DistilBERT, ModernBERT, ViT.
 
 Axes as in :mod:`xlora_jax.models.blocks`; C classes, P patches.
 """
@@ -14,7 +14,8 @@ from flax import linen as nn
 
 from xlora_jax.layers.modules import XLoraConv, XLoraDense, XLoraEmbed
 from xlora_jax.models.blocks import BlockContext, Norm
-from xlora_jax.models.config import DecoderConfig
+from xlora_jax.models.config import ACTIVATIONS, DecoderConfig
+from xlora_jax.models.rope import Rope
 from xlora_jax.models.transformer import DecoderOutput, Transformer
 
 __all__ = ["Encoder", "EncoderConfig", "VisionTransformer"]
@@ -25,8 +26,14 @@ class EncoderConfig(DecoderConfig):
     """What an encoder declares besides what its blocks are.
 
     Attributes:
+        window: tokens that a sliding-window layer sees to each side of a token; None where no layer slides.
         head: ``token``: a class for each token; ``pooled``: one for the sequence, from its first token through a
-            dense layer with tanh; ``first``: from its first token as it is.
+            dense layer, the pooler; ``first``: from its first token as it is.
+        pooler_activation: a key of :data:`~xlora_jax.models.config.ACTIVATIONS`.
+        pooler_bias: whether the pooler has a bias.
+        pooler_norm: whether a norm follows its activation (ModernBERT).
+        pools_tokens: whether the head ``token`` has a pooler too (ModernBERT).
+        pools_mean: whether the pooler sees the mean of all tokens instead of the first one.
         token_types: rows of the table of token types; 0 for none.
         padding_token: the token whose copies have no position (RoBERTa), so that others are counted without them;
             None where positions are 0..T-1 (BERT).
@@ -38,6 +45,12 @@ class EncoderConfig(DecoderConfig):
     heads: ClassVar[tuple[str, ...]] = ("token", "pooled", "first")
 
     head: str = "pooled"
+    final_norm: bool = False
+    pooler_activation: str = "tanh"
+    pooler_bias: bool = True
+    pooler_norm: bool = False
+    pools_tokens: bool = False
+    pools_mean: bool = False
     token_types: int = 0
     image_size: tuple[int, ...] = ()
     patch_size: tuple[int, ...] = ()
@@ -46,6 +59,10 @@ class EncoderConfig(DecoderConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
         super().__post_init__()
+        if self.pooler_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"pooler_activation: expected one of {', '.join(ACTIVATIONS)}, got {self.pooler_activation!r}"
+            )
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
@@ -55,6 +72,11 @@ class _Classifying(Transformer):
 
     config: EncoderConfig
 
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the head begins with a dense layer of its own."""
+        return self.config.head == "pooled" or (self.config.head == "token" and self.config.pools_tokens)
+
     def make_blocks_and_head(self) -> None:
         """Make them; for ``setup``."""
         cfg = self.config
@@ -62,30 +84,72 @@ class _Classifying(Transformer):
             self.blocks = self.scanned_blocks()
         else:
             self.layers = self.single_blocks()
-        if cfg.head == "pooled":
-            self.pooler = XLoraDense(cfg.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        if self.has_pooler:
+            self.pooler = XLoraDense(
+                cfg.hidden_size, use_bias=cfg.pooler_bias, dtype=self.dtype, param_dtype=self.param_dtype
+            )
+            if cfg.pooler_norm:
+                self.pooler_norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
         classifier = XLoraDense(cfg.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
         if cfg.head == "token":
             self.token_classifier = classifier
         else:
             self.classifier = classifier
 
-    def see_all(self, x: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-        """Take ``x [B, T, D]`` through the blocks; padding is seen by none."""
-        length = x.shape[1]
-        mask = jnp.ones((1, 1, length, length), bool)
+    def see_all(self, x: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None = None) -> jax.Array:
+        """Take ``x [B, T, D]`` through the blocks; padding is seen by none.
+
+        Args:
+            x: the embedding.
+            attention_mask: ``[B, T]``, zero at padding, or None.
+            positions: int ``[B or 1, T]``, for rotary embedding; None where there is none.
+        """
+        cfg = self.config
+        place = jnp.arange(x.shape[1])
+        mask = jnp.ones((1, 1, len(place), len(place)), bool)
         if attention_mask is not None:
             mask = mask & (attention_mask != 0)[:, None, None, :]
-        return self.run_blocks(x, None, BlockContext(None, None, mask, None, None, self.attention))[0]
+        near = None if cfg.window is None else mask & (abs(place[:, None] - place) <= cfg.window)
 
-    def unembed(self, hidden_states: jax.Array) -> jax.Array:
-        """Logits ``[B, T, C]`` of ``hidden_states [B, T, D]`` for the ``token`` head, else ``[B, C]``."""
-        if self.config.head == "token":
-            return self.token_classifier(hidden_states)
-        # Every position goes through the head, since each has its own gates; the first is taken then.
-        if self.config.head == "pooled":
-            hidden_states = jnp.tanh(self.pooler(hidden_states))
-        return self.classifier(hidden_states)[:, 0]
+        def rotary(rope: Rope | None) -> tuple[jax.Array, jax.Array] | None:
+            if rope is None or positions is None:
+                return None
+            cos, sin = rope.cos_sin(positions)
+            return cos.astype(x.dtype), sin.astype(x.dtype)
+
+        context = BlockContext(rotary(cfg.rope), rotary(cfg.sliding_rope), mask, near, None, self.attention)
+        return self.run_blocks(x, None, context)[0]
+
+    def unembed(self, hidden_states: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        """Compute logits.
+
+        Args:
+            hidden_states: ``[B, T, D]``.
+            attention_mask: ``[B, T]``, zero at padding, which a mean leaves out; None for no padding.
+
+        Returns:
+            ``[B, T, C]`` for the ``token`` head, else ``[B, C]``.
+        """
+        cfg = self.config
+
+        def mean(x: jax.Array) -> jax.Array:
+            counted = jnp.ones(x.shape[:2], x.dtype) if attention_mask is None else (attention_mask != 0)
+            weights = counted.astype(x.dtype)[..., None]
+            return (x * weights).sum(axis=1, keepdims=True) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
+
+        # Every position goes through the head, since each has its own gates; then the first one or the mean is taken.
+        # Dense layers are linear, so the mean of their outputs is the output for the mean.
+        x = hidden_states
+        if self.has_pooler:
+            x = self.pooler(x)
+            if cfg.head == "pooled" and cfg.pools_mean:
+                x = jnp.broadcast_to(mean(x), x.shape)
+            x = ACTIVATIONS[cfg.pooler_activation](x)
+            x = self.pooler_norm(x) if cfg.pooler_norm else x
+        if cfg.head == "token":
+            return self.token_classifier(x)
+        logits = self.classifier(x)
+        return mean(logits)[:, 0] if cfg.pools_mean else logits[:, 0]
 
     def empty_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: an encoder sees its input as a whole."""
@@ -99,12 +163,14 @@ class Encoder(_Classifying):
         """Make the submodules; their names are the keys of the parameters."""
         cfg = self.config
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        assert cfg.learned_positions is not None
         self.embed_tokens = XLoraEmbed(cfg.vocab_size, cfg.hidden_size, **dtypes)
-        self.embed_positions = nn.Embed(cfg.learned_positions, cfg.hidden_size, **dtypes)
+        if cfg.learned_positions is not None:
+            self.embed_positions = nn.Embed(cfg.learned_positions, cfg.hidden_size, **dtypes)
         if cfg.token_types:
             self.embed_types = nn.Embed(cfg.token_types, cfg.hidden_size, **dtypes)
         self.embed_norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
+        if cfg.final_norm:
+            self.norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
         self.make_blocks_and_head()
 
     def __call__(
@@ -149,9 +215,11 @@ class Encoder(_Classifying):
         if cfg.token_types:
             types = jnp.zeros((1, length), jnp.int32) if token_type_ids is None else token_type_ids
             x = x + self.embed_types(types)
-        x = self.embed_norm(x + self.embed_positions(positions + cfg.position_offset))
-        hidden_states = self.see_all(x, attention_mask)
-        return DecoderOutput(hidden_states, self.unembed(hidden_states) if with_logits else None)
+        if cfg.learned_positions is not None:
+            x = x + self.embed_positions(positions + cfg.position_offset)
+        hidden_states = self.see_all(self.embed_norm(x), attention_mask, positions)
+        hidden_states = self.norm(hidden_states) if cfg.final_norm else hidden_states
+        return DecoderOutput(hidden_states, self.unembed(hidden_states, attention_mask) if with_logits else None)
 
 
 class _Embeddings(nn.Module):
@@ -189,9 +257,9 @@ class VisionTransformer(_Classifying):
         self.norm = Norm(cfg.norm, cfg.norm_eps, self.dtype, self.param_dtype)
         self.make_blocks_and_head()
 
-    def unembed(self, hidden_states: jax.Array) -> jax.Array:
+    def unembed(self, hidden_states: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """Logits ``[B, C]`` of ``hidden_states [B, 1 + P, D]`` before the final norm."""
-        return super().unembed(self.norm(hidden_states))
+        return super().unembed(self.norm(hidden_states), attention_mask)
 
     def example_inputs(self) -> dict[str, jax.Array]:
         """One image."""

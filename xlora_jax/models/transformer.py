@@ -80,7 +80,7 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=group.length,
         )
-        return scanned(self.config, self.dtype, self.param_dtype, group.routed, name=group.name)
+        return scanned(self.config, self.dtype, self.param_dtype, group.routed, group.unnormed, name=group.name)
 
     def example_inputs(self) -> dict[str, jax.Array]:
         """Inputs of the smallest call, by name: enough for ``init``."""
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
     def single_blocks(self) -> list[Any]:
         """Make the blocks side by side; for ``setup``, as ``layers``."""
         return [
-            self._block()(self.config, self.dtype, self.param_dtype, group.routed)
+            self._block()(self.config, self.dtype, self.param_dtype, group.routed, group.unnormed)
             for group in self.config.groups
             for _ in range(group.length)
         ]

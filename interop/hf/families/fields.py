@@ -35,6 +35,11 @@ class Fields:
         """Return a field and strike it off."""
         return self._left.pop(name, default)
 
+    def keep(self, settings: frozenset[str]) -> None:
+        """Pass over the fields that are none of ``settings``."""
+        self.passed_over += [n for n in self._left if n not in settings and n not in WITHOUT_EFFECT]
+        self._left = {name: value for name, value in self._left.items() if name in settings}
+
     def peek(self, name: str) -> Any:
         """Return a field without striking it off."""
         return self._left.get(name)
@@ -93,6 +98,8 @@ WITHOUT_EFFECT = frozenset(
         *("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "layerdrop", "residual_dropout"),
         *("embedding_dropout", "classifier_dropout", "router_aux_loss_coef", "output_router_logits"),
         *("router_jitter_noise",),
+        # Old fields, which the config classes have read into `layer_types` and `rope_parameters`.
+        *("sliding_window_pattern", "global_attn_every_n_layers", "partial_rotary_factor"),
     )
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -217,6 +224,17 @@ def read_rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool 
     # transformers reads of each kind its own parameters, and warns of others.
     rope.pass_over_rest({"partial_rotary_factor": (1.0, None)})
     return Rope(dim=dim, theta=theta, kind=kind, **read)
+
+
+def read_ropes(fields: Fields, head_dim: int) -> dict[str, Any]:
+    """Return the rope of the blocks that attend to everything and that of the blocks that slide."""
+    positions, rope = fields.take("max_position_embeddings"), fields.nested("rope_parameters")
+    read = {
+        "rope": read_rope(rope.nested("full_attention"), head_dim, positions),
+        "sliding_rope": read_rope(rope.nested("sliding_attention"), head_dim, positions),
+    }
+    rope.pass_over_rest({})
+    return read
 
 
 def _yarn_scale(factor: float, mscale: float) -> float:

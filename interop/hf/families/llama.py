@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from interop.hf.families.fields import Fields, read_activation, read_attention_bias, read_rope, read_windows
+from interop.hf.families.fields import Fields, read_activation, read_attention_bias, read_rope, read_ropes, read_windows
 from interop.hf.families.table import (
     ATTENTION,
     EMBED,
@@ -92,13 +92,13 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
             "attn_logit_softcapping", cap, "None: transformers reads it for Gemma 3 but does not apply it"
         )
     declared = _gemma2(fields)
-    heads, hidden = fields.peek("num_attention_heads"), fields.peek("hidden_size")
-    head_dim, positions = fields.peek("head_dim") or hidden // heads, fields.take("max_position_embeddings")
-    rope = fields.nested("rope_parameters")
-    declared["rope"] = read_rope(rope.nested("full_attention"), head_dim, positions)
-    declared["sliding_rope"] = read_rope(rope.nested("sliding_attention"), head_dim, positions)
-    rope.pass_over_rest({})
-    return llama_config(fields, qk_norm="head", **declared)
+    return llama_config(fields, qk_norm="head", **declared, **read_ropes(fields, head_dim_of(fields)))
+
+
+def head_dim_of(fields: Fields) -> int:
+    """Return C without striking off the fields that it comes from."""
+    size: int = fields.peek("head_dim") or fields.peek("hidden_size") // fields.peek("num_attention_heads")
+    return size
 
 
 def _embed_scale(fields: Fields) -> float:
@@ -134,6 +134,29 @@ def _read_granite(fields: Fields) -> DecoderConfig:
 def _read_olmo2(fields: Fields) -> DecoderConfig:
     return llama_config(
         fields, norm="rms_float32", norm_placement="after", qk_norm="whole", **read_attention_bias(fields)
+    )
+
+
+def _read_olmo3(fields: Fields) -> DecoderConfig:
+    return llama_config(
+        fields,
+        norm="rms_float32",
+        norm_placement="after",
+        qk_norm="whole",
+        **read_ropes(fields, head_dim_of(fields)),
+        **read_attention_bias(fields),
+    )
+
+
+def _read_stablelm(fields: Fields) -> DecoderConfig:
+    return llama_config(
+        fields,
+        eps="layer_norm_eps",
+        partial=True,
+        norm="layer",
+        parallel="shared" if fields.take("use_parallel_residual") else None,
+        qk_norm="each_head" if fields.take("qk_layernorm") else None,
+        qkv_bias=fields.take("use_qkv_bias"),
     )
 
 
@@ -211,6 +234,11 @@ _PHI3 = linears(
 
 _STARCODER2_MLP = linears(mlp__c_fc="mlp.up_proj", mlp__c_proj="mlp.down_proj")
 
+_NORMS_OF_HEADS = (
+    Module("self_attn.q_layernorm.norms.*", ("self_attn", "q_norm"), "norm"),
+    Module("self_attn.k_layernorm.norms.*", ("self_attn", "k_norm"), "norm"),
+)
+
 _PHI = (
     *ATTENTION[:3],
     *linears(self_attn__dense="self_attn.o_proj"),
@@ -256,6 +284,8 @@ FAMILIES = (
     ),
     _named_as_llama("granite", "GraniteForCausalLM", _read_granite),
     _named_as_llama("olmo2", "Olmo2ForCausalLM", _read_olmo2, (*ATTENTION, *QK_NORMS, *MLP, *NORMS_AROUND)),
+    _named_as_llama("olmo3", "Olmo3ForCausalLM", _read_olmo3, (*ATTENTION, *QK_NORMS, *MLP, *NORMS_AROUND)),
+    _named_as_llama("stablelm", "StableLmForCausalLM", _read_stablelm, (*ATTENTION, *_NORMS_OF_HEADS, *MLP, *NORMS)),
     _named_as_llama("smollm3", "SmolLM3ForCausalLM", _read_smollm3),
     _named_as_llama("starcoder2", "Starcoder2ForCausalLM", _read_starcoder2, (*ATTENTION, *_STARCODER2_MLP, *NORMS)),
 )

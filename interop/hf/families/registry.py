@@ -10,13 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from interop.hf.families import encoders, gpt, llama
+from interop.hf.families import encoders, gpt, llama, multimodal
 from interop.hf.families.fields import (
     DECODER_HEADS,
     ENCODER_HEADS,
     READ_UNDECLARED,
     TASKS,
-    WITHOUT_EFFECT,
     Fields,
     count_labels,
     declared_fields,
@@ -47,9 +46,8 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tup
     Raises:
         FormatError: a field has a value that is not implemented, or none at all; the message names it.
     """
-    settings = declared_fields(family.model_type) | READ_UNDECLARED
-    fields = Fields({name: value for name, value in config.items() if name in settings}, where)
-    fields.passed_over += [name for name in config if name not in settings and name not in WITHOUT_EFFECT]
+    fields = Fields(config, where)
+    fields.keep(declared_fields(family.model_type) | READ_UNDECLARED)
     try:
         declared = family.read(fields)
     except FormatError:
@@ -57,7 +55,8 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tup
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{where}: a field has no meaning for {family.model_type}: {error}") from error
     fields.finish()
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    text = config["text_config"] if family.texts else config
+    positions = text.get("max_position_embeddings", text.get("n_positions"))
     declared = dataclasses.replace(declared, context_length=positions)
     head = DECODER_HEADS.get(task_of(config) or "")
     if family.module is Decoder and head is not None:
@@ -105,8 +104,8 @@ def classifying(
     if not outputs or not head.keys() <= known.keys():
         raise FormatError(
             f"{where}: brings a classification head ({', '.join(head)}) that {family.model_type} has not; expected "
-            f"{', '.join(dict.fromkeys(row.hf for row in heads))}, with a weight [labels, width]. It was trained on "
-            f"another base, or is more than a head."
+            f"{', '.join(dict.fromkeys(row.hf for row in heads)) or 'none'}, with a weight [labels, width]. It was "
+            f"trained on another base, or is more than a head."
         )
     labels = {i: f"LABEL_{i}" for i in range(head[outputs[-1]][0])}
     return {
@@ -119,7 +118,7 @@ def classifying(
 
 # The order is that of the documentation's table.
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*llama.FAMILIES, *gpt.FAMILIES, *encoders.FAMILIES)
+    family.model_type: family for family in (*llama.FAMILIES, *gpt.FAMILIES, *multimodal.FAMILIES, *encoders.FAMILIES)
 }
 
 

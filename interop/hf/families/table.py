@@ -33,8 +33,8 @@ class Module:
     A row of which a model has no parameters (a norm that its config leaves out, say) is passed over.
 
     Attributes:
-        hf: name of the torch module; inside a block, relative to it. ``*`` counts the experts of a base model's own
-            mixture.
+        hf: name of the torch module; inside a block, relative to it. ``*`` counts modules that are stacked in ours:
+            the experts of a base model's own mixture, or the norms of single heads.
         path: keys of our module, likewise.
         kind: a key of :data:`LEAVES`.
     """
@@ -103,6 +103,12 @@ class Family:
         formerly: pairs of the end of a tensor's name in old files and what it is now.
         module: the Flax module that a declaration is for.
         input_size: the field that says how much there is of what goes in: words, or pixels.
+        head_first: whether torch declares the modules of ``after`` before all others (XLM-RoBERTa).
+        texts: values of ``model_type`` that the ``text_config`` of a multimodal model may have; empty for a model of
+            text alone.
+        starts: groups of starts of tensor names that mean the same: in torch, in files as transformers writes them,
+            then in other files.
+        unread: modules that are not built here, the vision side: keys that come right after an optional ``model``.
     """
 
     model_type: str
@@ -117,6 +123,10 @@ class Family:
     formerly: tuple[tuple[str, str], ...] = ()
     module: type[Transformer] = Decoder
     input_size: str = "vocab_size"
+    head_first: bool = False
+    texts: tuple[str, ...] = ()
+    starts: tuple[tuple[str, ...], ...] = ()
+    unread: tuple[str, ...] = ()
 
     def modules(self, module: Transformer) -> Iterator[Placed]:
         """All modules that have parameters, and an output head that borrows its own.
@@ -124,28 +134,28 @@ class Family:
         They come in torch's pre-order, which is the order in which PEFT numbers adapted layers.
         """
         config = module.config
-        present = {path[:-1] for path in flatten(abstract_params(module))}
+        present = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
         if config.tie_word_embeddings:
-            present.add(("lm_head",))
-        count = config.routed.num_experts if config.routed is not None else 0
+            present.setdefault(("lm_head",), ())
 
         def placed(row: Module, hf: str, path: tuple[str, ...], member: tuple[int, ...]) -> Iterator[Placed]:
             if path not in present:
                 return
             if "*" in hf:
-                for e in range(count):
-                    yield Placed(hf.replace("*", str(e)), path, (*member, e), row.kind)
+                for i in range(present[path][len(member)]):
+                    yield Placed(hf.replace("*", str(i)), path, (*member, i), row.kind)
             else:
                 yield Placed(hf, path, member, row.kind)
 
-        for row in self.before:
+        first = (*self.after, *self.before) if self.head_first else self.before
+        for row in first:
             yield from placed(row, row.hf, row.path, ())
         for group in config.groups:
             for i in range(group.start, group.start + group.length):
                 place = ((group.name,), (i - group.start,)) if module.scan_layers else ((f"layers_{i}",), ())
                 for row in self.block:
                     yield from placed(row, f"{self.blocks}.{i}.{row.hf}", (*place[0], *row.path), place[1])
-        for row in self.after:
+        for row in () if self.head_first else self.after:
             yield from placed(row, row.hf, row.path, ())
 
     @property
@@ -156,7 +166,9 @@ class Family:
 
     @property
     def prefix(self) -> str:
-        """First part of the torch names, which files lack that were saved without an output head."""
+        """Start of names in files, which files lack that were saved without an output head."""
+        if self.starts:
+            return self.starts[0][1]
         return self.before[0].hf.split(".")[0] + "."
 
     def is_head(self, tensor: str) -> bool:
@@ -167,7 +179,20 @@ class Family:
         """Return the name in files of a torch module."""
         for part, stored in self.renamed:
             hf = hf.replace(part, stored)
-        return hf
+        return next((stored + hf.removeprefix(start) for start, stored, *_ in self.starts if hf.startswith(start)), hf)
+
+    def as_written(self, tensor: str) -> str:
+        """Return the name that transformers writes for a tensor, from any of the names that files have for it."""
+        spelled = [(start, group[1]) for group in self.starts for start in group if tensor.startswith(start)]
+        if not spelled:
+            return tensor
+        start, stored = max(spelled, key=lambda pair: len(pair[0]))
+        return stored + tensor.removeprefix(start)
+
+    def is_unread(self, name: str) -> bool:
+        """Whether a tensor or a module is of a part that is not built here."""
+        parts = name.split(".")
+        return bool(self.unread) and parts[parts[0] == "model"] in self.unread
 
     def adapted_layers(self, base: Transformer, adapted: Collection[str], *, with_bias: bool) -> AdaptedLayers:
         """Number the modules named in ``adapted`` as PEFT does."""

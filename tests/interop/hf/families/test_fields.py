@@ -3,7 +3,9 @@ is refused by name. A field that transformers reads and that we drop would show 
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +21,8 @@ from tests.helpers.families import LAYERS, LONGROPE, MODELS, make_model
 from tests.helpers.reference import base_run, prompt, relative_error
 
 TOLERANCE = 1e-5
+# Of multimodal models the text side alone is built.
+pytestmark = pytest.mark.filterwarnings("ignore:.*tensors of the vision side")
 FLIPPED = ["full_attention", "sliding_attention", "full_attention"]
 # A second value for each field; the first that differs from the model's own is taken.
 TURNED: dict[str, tuple[Any, ...]] = {
@@ -52,7 +56,8 @@ TURNED: dict[str, tuple[Any, ...]] = {
     "use_bias": (False,),
     "enable_bias": (False,),
     "qk_layernorm": (False,),
-    "use_parallel_residual": (False,),
+    "use_qkv_bias": (False,),
+    "use_parallel_residual": (False, True),
     "do_layer_norm_before": (False,),
     "layer_norm_elementwise_affine": (False,),
     "_remove_final_layer_norm": (True,),
@@ -113,20 +118,27 @@ OF_EVERY_CONFIG = frozenset(PreTrainedConfig().to_dict()) | {"model_type", "tie_
 SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
+def options(family: str) -> Mapping[str, Any]:
+    """The fields of the family's small model, without those of images."""
+    return MODELS[family].options.get("text_config", MODELS[family].options)
+
+
+def own_fields(family: str) -> dict[str, Any]:
+    return CONFIG_MAPPING[family](**copy.deepcopy(MODELS[family].options)).get_text_config().to_dict()
+
+
 def fields(family: str) -> list[str]:
-    own = CONFIG_MAPPING[family](**MODELS[family].options).to_dict()
+    own = own_fields(family)
     return sorted((own.keys() - OF_EVERY_CONFIG - SPECIAL_TOKENS - {"rope_parameters"}) | {"tie_word_embeddings"})
 
 
 def changes(family: str, field: str) -> dict[str, Any]:
     """The field at its other value, and what has to change with it to be a model at all."""
-    own = CONFIG_MAPPING[family](**MODELS[family].options).to_dict().get(field)
+    own = own_fields(family).get(field)
     turned: dict[str, Any] = {field: next(value for value in TURNED[field] if value != own)}
     if field in ("num_hidden_layers", "n_layer"):
         turned |= {
-            name: MODELS[family].options[name][:2]
-            for name in ("layer_types", "no_rope_layers")
-            if name in MODELS[family].options
+            name: options(family)[name][:2] for name in ("layer_types", "no_rope_layers") if name in options(family)
         }
     if field == "no_rope_layer_interval":
         turned["no_rope_layers"] = None
@@ -134,9 +146,12 @@ def changes(family: str, field: str) -> dict[str, Any]:
         turned["layer_types"] = None
     if field == "hidden_size" and family == "opt":
         turned["word_embed_proj_dim"] = turned[field]
+    if family == "qwen2_5_vl" and field in ("num_attention_heads", "hidden_size"):
+        section = {"num_attention_heads": [2, 2, 2], "hidden_size": [1, 1, 1]}[field]
+        turned["rope_parameters"] = {**options(family)["rope_parameters"], "mrope_section": section}
     if family == "phi3" and field in ("num_attention_heads", "hidden_size"):
         turned["rope_parameters"] = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}
-    if field == "hidden_size" and family in ("phi", "phi3", "gpt_neox"):
+    if field == "hidden_size" and family in ("phi", "phi3", "gpt_neox", "stablelm"):
         turned["num_attention_heads"] = 3
         turned["num_key_value_heads"] = 3
     return {name: value for name, value in turned.items() if family != "gpt_neox" or name != "num_key_value_heads"}
@@ -160,7 +175,7 @@ def same_or_refused(family: str, turned: dict[str, Any], named: str, directory: 
 @pytest.mark.parametrize("family", MODELS)
 def test_every_field_has_a_second_value(family):
     assert set(fields(family)) <= TURNED.keys()
-    assert MODELS[family].options.get("num_hidden_layers", LAYERS) == LAYERS
+    assert options(family).get("num_hidden_layers", LAYERS) == LAYERS
 
 
 @pytest.mark.slow
@@ -180,11 +195,12 @@ def test_fields_act_as_in_transformers_or_are_refused(family, tmp_path):
 @pytest.mark.parametrize(
     "family",
     # Phi-3 has a test of its own.
-    [name for name in MODELS if "rope_parameters" in MODELS[name].options and name != "phi3"],
+    [name for name in MODELS if "rope_parameters" in options(name) and name != "phi3"],
 )
 def test_rope(family, kind, tmp_path):
     rope = dict(ROPES[kind])
-    own = MODELS[family].options["rope_parameters"]
+    own = options(family)["rope_parameters"]
+    rope |= {name: own[name] for name in ("mrope_section", "mrope_interleaved") if name in own}
     if "partial_rotary_factor" in own:
         rope["partial_rotary_factor"] = own["partial_rotary_factor"]
     if "full_attention" in own:

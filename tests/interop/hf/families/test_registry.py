@@ -28,6 +28,8 @@ from tests.helpers.reference import (
 from xlora_jax.models import Decoder
 
 TOLERANCE = 1e-5
+# Of multimodal models the text side alone is built.
+pytestmark = pytest.mark.filterwarnings("ignore:.*tensors of the vision side")
 CONFIG = {"layerwise_scalings": True, "top_k_lora": 2, "softmax_temperature": 0.7, "scaling_pass_value": 0.4}
 
 
