@@ -48,9 +48,20 @@ def replacing_file(path: str | os.PathLike[str], *, durable: bool = True) -> Ite
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file as UTF-8, in the way of :func:`replacing_file`."""
+    """Write a text file as UTF-8, in the way of :func:`replacing_file`.
+
+    Raises:
+        ValueError: the text holds half of a surrogate pair, which no UTF-8 file can.
+    """
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 40, 0) : error.start + 40]
+        raise ValueError(
+            f"{path}: expected text, got half of a surrogate pair in {around!a}: rename what has it in its name"
+        ) from error
     with replacing_file(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(content)
 
 
 def replace_json(path: str | os.PathLike[str], value: Mapping[str, Any], **options: Any) -> None:
@@ -58,15 +69,19 @@ def replace_json(path: str | os.PathLike[str], value: Mapping[str, Any], **optio
     replace_text(path, json.dumps(value, indent=2, **options) + "\n")
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object of a few kilobytes that this library wrote.
+def read_json_object(path: str | os.PathLike[str], max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object that this library wrote.
+
+    Args:
+        path: file to read.
+        max_bytes: a larger file is refused.
 
     Raises:
         ValueError: the file is cut off, holds something else, or is far too large; the message names it.
     """
     target = Path(path)
-    if target.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{target}: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {target.stat().st_size}")
+    if target.stat().st_size > max_bytes:
+        raise ValueError(f"{target}: expected at most {max_bytes} bytes of JSON, got {target.stat().st_size}")
     try:
         value = json.loads(target.read_bytes())
     except (ValueError, RecursionError) as error:

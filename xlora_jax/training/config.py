@@ -52,6 +52,8 @@ class TrainConfig:
         fsdp: likewise.
         tensor: likewise.
         tensorboard: also write TensorBoard's files.
+        allow_changed: go on with a run although its inputs or settings are not the ones that it began with, with a
+            warning that names them.
     """
 
     steps: int = 1000
@@ -88,6 +90,7 @@ class TrainConfig:
     fsdp: int = 1
     tensor: int = 1
     tensorboard: bool = True
+    allow_changed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can't work."""
@@ -118,7 +121,7 @@ class TrainConfig:
             max_grad_norm=self.max_grad_norm,
         )
 
-    # What may change between a run and its resumption without changing what it computes.
+    # Settings that may differ on resume: they do not change what is computed, but for last bits on another mesh.
     _FREE = (
         "eval_every",
         "checkpoint_every",
@@ -134,8 +137,19 @@ class TrainConfig:
         "fsdp",
         "tensor",
         "tensorboard",
+        "allow_changed",
+    )
+    # Without effect where the caller brings an optimizer.
+    _OF_OPTIMIZER = (
+        *("steps", "optimizer", "learning_rate", "schedule", "warmup", "weight_decay"),
+        *("b1", "b2", "eps", "max_grad_norm"),
     )
 
-    def fixed(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the run it resumes."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self._FREE}
+    def fixed(self, *, own_optimizer: bool = False) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the run it resumes.
+
+        Args:
+            own_optimizer: leave out those of the optimizer, because the caller brings one.
+        """
+        free = self._FREE + (self._OF_OPTIMIZER if own_optimizer else ())
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
