@@ -16,7 +16,7 @@ import numpy as np
 
 from interop.checkpoint.layouts import XLoraCheckpoint
 from interop.checkpoint.read import read_xlora
-from interop.checkpoint.write import write_xlora
+from interop.checkpoint.write import check_layout, check_target, write_xlora
 from interop.experts import fit_adapters, stack_experts, unstack_experts
 from interop.hf.base import Placer, head_tensors, leave_in_memory, load_base, open_base, put_on_default_device
 from interop.hf.head import Head
@@ -28,7 +28,7 @@ from xlora_jax import BaseModel, XLoraConfig, XLoraModel
 from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["XLoraOrigin", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
+__all__ = ["XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,29 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         extras={"task_type": _TASK_TYPES[model.module.config.head], **origin.extras},
         head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
     )
+
+
+def check_save(model: XLoraModel, directory: str | Path, layout: str = "peft") -> None:
+    """Check that :func:`save_xlora` will be able to write a model, before it is trained. Nothing is written.
+
+    Args:
+        model: as loaded by :func:`load_xlora`.
+        directory: to be created or replaced.
+        layout: as of :func:`save_xlora`.
+
+    Raises:
+        FormatError: the layout can't express this model.
+        OSError: the directory is a file, holds something else than an earlier save, or can't be written.
+    """
+    check_target(directory)
+    origin: XLoraOrigin = model.origin
+    # Shapes decide: values may be spread over several processes, and are about to change.
+    classifier = [
+        (np.zeros(dense["kernel"].shape, np.float32), np.zeros(dense["bias"].shape, np.float32))
+        for dense in (model.params["classifier"][f"dense_{i}"] for i in range(model.config.xlora_depth))
+    ]
+    head = None if origin.base.head is None else origin.base.head.tensors
+    check_layout(layout, model.config, classifier, origin.adapters, model.layer_names, head)
 
 
 def _brought_head(trained: XLoraCheckpoint | None, adapters: Sequence[LoraAdapter], expert: str | None) -> Head | None:

@@ -42,24 +42,18 @@ def command(
     from xlora_jax.training.data import encode_records, lay_out, read_records
     from xlora_jax.training.routing import make_routing_step
 
-    try:
-        if output is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
-        texts = named(data, "--data")
-        adapters = named(adapter or [], "--adapter") or None
-        codec = load_codec(base)
-        given = {
-            name: lay_out(encode_records(read_records(path), codec), length).arrays for name, path in texts.items()
-        }
-        model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
-        step = partial(make_routing_step(model.xlora), model.params)
-        found = {name: _routing_of(step, arrays, rows, batch_size) for name, arrays in given.items()}
-        _print(model.expert_names, found)
-        if output is not None:
-            _write(output, model, found)
-    except (ValueError, TypeError, OSError) as error:
-        say(f"xlora-jax report: {error}", err=True)
-        raise typer.Exit(1) from error
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
+    texts = named(data, "--data")
+    adapters = named(adapter or [], "--adapter") or None
+    codec = load_codec(base)
+    given = {name: lay_out(encode_records(read_records(path), codec), length).arrays for name, path in texts.items()}
+    model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
+    step = partial(make_routing_step(model.xlora), model.params)
+    found = {name: _routing_of(step, arrays, rows, batch_size) for name, arrays in given.items()}
+    _print(model.expert_names, found)
+    if output is not None:
+        _write(output, model, found)
 
 
 def _routing_of(step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int, batch_size: int) -> Any:

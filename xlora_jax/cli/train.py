@@ -11,9 +11,7 @@ import typer
 
 from xlora_jax.cli.terminal import say
 from xlora_jax.job import Job, run_training
-from xlora_jax.training.checkpoints import CheckpointError
 from xlora_jax.training.config import TrainConfig
-from xlora_jax.training.trainer import NonFiniteError
 
 __all__ = ["Job", "command", "run_training"]
 
@@ -80,6 +78,10 @@ def command(
     ] = -1,
     fsdp: Annotated[int, typer.Option(help="Mesh: devices that share the parameters.")] = 1,
     tensor: Annotated[int, typer.Option(help="Mesh: devices that share each layer's width.")] = 1,
+    allow_changed: Annotated[
+        bool,
+        typer.Option("--allow-changed", help="Go on with the run in OUTPUT with other data, model or settings."),
+    ] = False,
     distributed: Annotated[bool, typer.Option(help="Start jax.distributed: one process of several (a pod).")] = False,
 ) -> None:
     """Train the gate of an X-LoRA model (and its experts with --xlora '{"use_trainable_adapters": true}').
@@ -93,48 +95,45 @@ def command(
     for value in eval_data:
         name, separator, path = value.partition("=")
         named_eval.update({name: path} if separator else {"eval": value})
-    try:
-        config = TrainConfig(
-            **{
-                "steps": steps,
-                "batch_size": batch_size,
-                "accumulate": accumulate,
-                "optimizer": optimizer,
-                "learning_rate": learning_rate,
-                "schedule": schedule,
-                "warmup": warmup,
-                "weight_decay": weight_decay,
-                "max_grad_norm": max_grad_norm or None,
-                "seed": seed,
-                "remat": remat,
-                "attention": attention,
-                "eval_every": eval_every,
-                "checkpoint_every": checkpoint_every,
-                "log_every": log_every,
-                "scaling_cache": scaling_cache,
-                "data": data_axis,
-                "fsdp": fsdp,
-                "tensor": tensor,
-                **_json(settings, "--set"),
-            }
-        )
-        job = Job(
-            base=base,
-            adapters=_named(adapter, "--adapter"),
-            data=data,
-            output=output,
-            eval_data=named_eval,
-            checkpoint=checkpoint,
-            xlora=_json(xlora, "--xlora"),
-            length=length,
-            pack=pack,
-            dtype=dtype,
-            train=config,
-        )
-        result = run_training(job, show_progress=True)
-    except (ValueError, TypeError, OSError, CheckpointError, NonFiniteError) as error:
-        say(f"xlora-jax train: {error}", err=True)
-        raise typer.Exit(1) from error
+    config = TrainConfig(
+        **{
+            "steps": steps,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm or None,
+            "seed": seed,
+            "remat": remat,
+            "attention": attention,
+            "eval_every": eval_every,
+            "checkpoint_every": checkpoint_every,
+            "log_every": log_every,
+            "scaling_cache": scaling_cache,
+            "data": data_axis,
+            "fsdp": fsdp,
+            "tensor": tensor,
+            "allow_changed": allow_changed,
+            **_json(settings, "--set"),
+        }
+    )
+    job = Job(
+        base=base,
+        adapters=_named(adapter, "--adapter"),
+        data=data,
+        output=output,
+        eval_data=named_eval,
+        checkpoint=checkpoint,
+        xlora=_json(xlora, "--xlora"),
+        length=length,
+        pack=pack,
+        dtype=dtype,
+        train=config,
+    )
+    result = run_training(job, show_progress=True)
     if jax.process_index() != 0:
         return
     if not result.finished:
