@@ -26,6 +26,7 @@ from interop.storage.errors import FormatError
 from interop.storage.hub import resolve
 from xlora_jax import BaseModel, XLoraConfig, XLoraModel
 from xlora_jax.layers.adapted import AdaptedLayers
+from xlora_jax.memory import check_fits
 from xlora_jax.trees import flatten, unflatten
 
 __all__ = ["XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
@@ -290,8 +291,26 @@ def _fitted(config: XLoraConfig | None, adapters: Mapping[str, str | Path], base
     return dataclasses.replace(config, adapters=paths)
 
 
+_MAX_DEPTH = 1000
+
+
 def _new_classifier(model: XLoraModel, seed: int) -> dict[str, Any]:
-    """A new classifier's parameters."""
+    """A new classifier's parameters.
+
+    Raises:
+        ValueError: it would be deeper than can be compiled, or larger than this machine's memory.
+    """
+    config = model.config
+    if config.xlora_depth > _MAX_DEPTH:
+        raise ValueError(f"xlora_depth: expected at most {_MAX_DEPTH}, got {config.xlora_depth}")
+    if config.xlora_depth > 1:
+        last = len(model.expert_names) * (len(model.layers) if config.layerwise_scalings else 1)
+        count = config.xlora_size * (config.hidden_size + last + (config.xlora_depth - 2) * config.xlora_size)
+        check_fits(
+            count * jnp.dtype(model.module.dtype).itemsize,
+            f"a classifier of xlora_depth {config.xlora_depth} and xlora_size {config.xlora_size}",
+            "give smaller ones",
+        )
     hidden = jax.ShapeDtypeStruct((1, 1, model.config.hidden_size), model.module.dtype)
     init = jax.jit(model.xlora.classifier.init)
     params: dict[str, Any] = init(jax.random.key(seed), jnp.zeros(hidden.shape, hidden.dtype))["params"]

@@ -14,7 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["flush_entry", "open_to_append", "read_json_object", "replace_json", "replace_text", "replacing_file"]
+__all__ = [
+    "check_writable",
+    "flush_entry",
+    "open_to_append",
+    "read_json_object",
+    "replace_json",
+    "replace_text",
+    "replacing_file",
+]
 
 _MAX_JSON_BYTES = 2**20
 # Windows has no O_NOFOLLOW; there O_EXCL alone keeps an existing link from being opened.
@@ -99,6 +107,20 @@ def open_to_append(path: str | os.PathLike[str]) -> IO[str]:
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666)
     return os.fdopen(descriptor, "a", encoding="utf-8")
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Create a directory if need be, and check that files can be written to it.
+
+    Raises:
+        OSError: it can't be created or written to.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    probe = target / f".writable-{uuid.uuid4().hex}"
+    with replacing_file(probe, durable=False) as file:
+        file.write(b"?")
+    probe.unlink()
 
 
 def flush_entry(path: str | os.PathLike[str]) -> None:

@@ -26,7 +26,7 @@ EXIT_CODES = (
     f"With {_TRACEBACK}=1 an error shows its traceback too."
 )
 # Their messages are written for users. Of others the type tells more than the message.
-_EXPLAINED = (ValueError, OSError, TypeError, ImportError, NotImplementedError, ArithmeticError)
+_EXPLAINED = (ValueError, OSError, TypeError, ImportError, NotImplementedError, ArithmeticError, MemoryError)
 
 
 def in_one_line(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

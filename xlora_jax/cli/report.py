@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from xlora_jax.atomic import replace_json, replacing_file
+from xlora_jax.atomic import check_writable, replace_json, replacing_file
 from xlora_jax.cli.pairs import named
 from xlora_jax.cli.terminal import cell, say, visible
 
@@ -42,6 +42,11 @@ def command(
     from xlora_jax.training.data import encode_records, lay_out, read_records
     from xlora_jax.training.routing import make_routing_step
 
+    for name, value, least in (("--rows", rows, 0), ("--batch-size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if output is not None:
+        check_writable(output)
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
     texts = named(data, "--data")
@@ -65,6 +70,7 @@ def _routing_of(step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int
 
     total = None
     count = len(arrays["input_ids"]) if rows == 0 else min(rows, len(arrays["input_ids"]))
+    batch_size = min(batch_size, count)
     for start in range(0, count, batch_size):
         batch = {}
         for name, array in arrays.items():

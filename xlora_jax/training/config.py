@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import optax
 
 from xlora_jax.training.optimizers import make_optimizer, make_schedule
 from xlora_jax.training.regularizers import Regularizers
+
+_KINDS: dict[str, Any] = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,26 @@ class TrainConfig:
     allow_changed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what can't work."""
-        for name in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "max_bad_steps"):
+        """Validate the fields.
+
+        Raises:
+            TypeError: a field of another type.
+            ValueError: a value that can't work.
+        """
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            expected = _KINDS[kind.removesuffix(" | None")]
+            if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
+                raise TypeError(f"{field.name}: expected {kind}, got {value!r:.100} ({type(value).__name__})")
+        positive = ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "max_bad_steps", "keep_checkpoints")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.scaling_cache not in ("off", "memory", "disk"):
             raise ValueError(f"scaling_cache: expected off, memory or disk, got {self.scaling_cache!r}")
 
