@@ -230,6 +230,11 @@ def check_save(model: XLoraModel, directory: str | Path, layout: str = "peft") -
     """
     check_target(directory)
     origin: XLoraOrigin = model.origin
+    for text in (*model.expert_names, str(origin.base.name_or_path), str(directory)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FormatError(f"{text!a} holds half of a surrogate pair, which no JSON file can; rename it.") from error
     # Shapes decide: values may be spread over several processes, and are about to change.
     classifier = [
         (np.zeros(dense["kernel"].shape, np.float32), np.zeros(dense["bias"].shape, np.float32))

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from click.exceptions import Abort, ClickException, Exit
 
 from xlora_jax.cli.terminal import say
 
@@ -47,7 +46,7 @@ def in_one_line(command: str) -> Callable[[Callable[..., None]], Callable[..., N
                 logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
             try:
                 function(*arguments, **options)
-            except (ClickException, Exit, Abort):
+            except (typer.BadParameter, typer.Exit, typer.Abort):
                 raise
             except KeyboardInterrupt:
                 say(f"xlora-jax {command}: interrupted", err=True)
@@ -67,4 +66,4 @@ def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, _EXPLAINED) and text:
         return text
-    return f"{type(error).__name__}: {text} ({_TRACEBACK}=1 shows where)"
+    return " ".join(filter(None, (f"{type(error).__name__}:", text, f"({_TRACEBACK}=1 shows where)")))
