@@ -179,7 +179,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for part, label in (("config", "config"), ("base_config", "base")):
         for name in _changed(was[part], now[part]):
             there, here = (f"{side[part].get(name)!s:.120}" for side in (was, now))
-            found.append(f"{label}: {name} {there} there, {here} now")
+            found.append(f"{label}: {name:.100} {there} there, {here} now")
     if list(was["experts"]) != list(now["experts"]):
         found.append(f"experts: {_few(was['experts'])} there, {_few(now['experts'])} now")
     else:
@@ -194,7 +194,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def versions_differ(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the libraries whose versions differ."""
     return [
-        f"{name} {was['versions'].get(name)!s:.40} there, {now['versions'].get(name)!s:.40} now"
+        f"{name:.100} {was['versions'].get(name)!s:.40} there, {now['versions'].get(name)!s:.40} now"
         for name in _changed(was["versions"], now["versions"])
     ]
 

@@ -364,6 +364,9 @@ def _read_settings(path: Path) -> TrainConfig:
         ) from error
 
 
+_MOST_NAMED = 10
+
+
 def _settle(
     output: Path, config: TrainConfig, inputs: Mapping[str, Any], latest: int | None, *, own_optimizer: bool
 ) -> None:
@@ -389,6 +392,8 @@ def _settle(
                 _warn(f"{output} holds a run of other versions ({', '.join(versions)}): results may differ")
         else:
             unknown.append("inputs")
+        if len(differ) > _MOST_NAMED:
+            differ[_MOST_NAMED:] = [f"and {len(differ) - _MOST_NAMED} more"]
         if differ and not config.allow_changed:
             raise ValueError(
                 f"{output} holds a run with other settings or inputs ({'; '.join(differ)}): give the same ones to go "
