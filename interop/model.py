@@ -16,7 +16,7 @@ import numpy as np
 
 from interop.checkpoint.layouts import XLoraCheckpoint
 from interop.checkpoint.read import read_xlora
-from interop.checkpoint.write import write_xlora
+from interop.checkpoint.write import check_layout, check_target, write_xlora
 from interop.experts import fit_adapters, stack_experts, unstack_experts
 from interop.hf.base import Placer, head_tensors, leave_in_memory, load_base, open_base, put_on_default_device
 from interop.hf.head import Head
@@ -26,9 +26,10 @@ from interop.storage.errors import FormatError
 from interop.storage.hub import resolve
 from xlora_jax import BaseModel, XLoraConfig, XLoraModel
 from xlora_jax.layers.adapted import AdaptedLayers
+from xlora_jax.memory import check_fits
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["XLoraOrigin", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
+__all__ = ["XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,34 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
     )
 
 
+def check_save(model: XLoraModel, directory: str | Path, layout: str = "peft") -> None:
+    """Check that :func:`save_xlora` will be able to write a model, before it is trained. Nothing is written.
+
+    Args:
+        model: as loaded by :func:`load_xlora`.
+        directory: to be created or replaced.
+        layout: as of :func:`save_xlora`.
+
+    Raises:
+        FormatError: the layout can't express this model.
+        OSError: the directory is a file, holds something else than an earlier save, or can't be written.
+    """
+    check_target(directory)
+    origin: XLoraOrigin = model.origin
+    for text in (*model.expert_names, str(origin.base.name_or_path), str(directory)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FormatError(f"{text!a} holds half of a surrogate pair, which no JSON file can; rename it.") from error
+    # Shapes decide: values may be spread over several processes, and are about to change.
+    classifier = [
+        (np.zeros(dense["kernel"].shape, np.float32), np.zeros(dense["bias"].shape, np.float32))
+        for dense in (model.params["classifier"][f"dense_{i}"] for i in range(model.config.xlora_depth))
+    ]
+    head = None if origin.base.head is None else origin.base.head.tensors
+    check_layout(layout, model.config, classifier, origin.adapters, model.layer_names, head)
+
+
 def _brought_head(trained: XLoraCheckpoint | None, adapters: Sequence[LoraAdapter], expert: str | None) -> Head | None:
     """The classification head that checkpoint or experts bring; see `head` of :func:`load_xlora`."""
     if trained is not None and trained.head and expert is None:
@@ -268,8 +297,26 @@ def _fitted(config: XLoraConfig | None, adapters: Mapping[str, str | Path], base
     return dataclasses.replace(config, adapters=paths)
 
 
+_MAX_DEPTH = 1000
+
+
 def _new_classifier(model: XLoraModel, seed: int) -> dict[str, Any]:
-    """A new classifier's parameters."""
+    """A new classifier's parameters.
+
+    Raises:
+        ValueError: it would be deeper than can be compiled, or larger than this machine's memory.
+    """
+    config = model.config
+    if config.xlora_depth > _MAX_DEPTH:
+        raise ValueError(f"xlora_depth: expected at most {_MAX_DEPTH}, got {config.xlora_depth}")
+    if config.xlora_depth > 1:
+        last = len(model.expert_names) * (len(model.layers) if config.layerwise_scalings else 1)
+        count = config.xlora_size * (config.hidden_size + last + (config.xlora_depth - 2) * config.xlora_size)
+        check_fits(
+            count * jnp.dtype(model.module.dtype).itemsize,
+            f"a classifier of xlora_depth {config.xlora_depth} and xlora_size {config.xlora_size}",
+            "give smaller ones",
+        )
     hidden = jax.ShapeDtypeStruct((1, 1, model.config.hidden_size), model.module.dtype)
     init = jax.jit(model.xlora.classifier.init)
     params: dict[str, Any] = init(jax.random.key(seed), jnp.zeros(hidden.shape, hidden.dtype))["params"]

@@ -12,7 +12,10 @@ INTEROP = sorted((ROOT / "interop").rglob("*.py"))
 FOREIGN = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "tokenizers"}
 # From the ground up; a module imports from floors below its own, or from its own folder.
 FLOORS = [
-    ("xlora_jax.atomic", "xlora_jax.backend", "xlora_jax.config", "xlora_jax.token_ids", "xlora_jax.trees"),
+    (
+        *("xlora_jax.atomic", "xlora_jax.backend", "xlora_jax.config"),
+        *("xlora_jax.memory", "xlora_jax.token_ids", "xlora_jax.trees"),
+    ),
     ("xlora_jax.sharding",),
     ("xlora_jax.layers",),
     ("xlora_jax.models",),

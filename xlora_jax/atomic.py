@@ -14,7 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["flush_entry", "open_to_append", "read_json_object", "replace_json", "replace_text", "replacing_file"]
+__all__ = [
+    "check_writable",
+    "flush_entry",
+    "open_to_append",
+    "read_json_object",
+    "replace_json",
+    "replace_text",
+    "replacing_file",
+]
 
 _MAX_JSON_BYTES = 2**20
 # Windows has no O_NOFOLLOW; there O_EXCL alone keeps an existing link from being opened.
@@ -48,9 +56,20 @@ def replacing_file(path: str | os.PathLike[str], *, durable: bool = True) -> Ite
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file as UTF-8, in the way of :func:`replacing_file`."""
+    """Write a text file as UTF-8, in the way of :func:`replacing_file`.
+
+    Raises:
+        ValueError: the text holds half of a surrogate pair, which no UTF-8 file can.
+    """
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 40, 0) : error.start + 40]
+        raise ValueError(
+            f"{path}: expected text, got half of a surrogate pair in {around!a}: rename what has it in its name"
+        ) from error
     with replacing_file(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(content)
 
 
 def replace_json(path: str | os.PathLike[str], value: Mapping[str, Any], **options: Any) -> None:
@@ -58,15 +77,19 @@ def replace_json(path: str | os.PathLike[str], value: Mapping[str, Any], **optio
     replace_text(path, json.dumps(value, indent=2, **options) + "\n")
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object of a few kilobytes that this library wrote.
+def read_json_object(path: str | os.PathLike[str], max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object that this library wrote.
+
+    Args:
+        path: file to read.
+        max_bytes: a larger file is refused.
 
     Raises:
         ValueError: the file is cut off, holds something else, or is far too large; the message names it.
     """
     target = Path(path)
-    if target.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{target}: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {target.stat().st_size}")
+    if target.stat().st_size > max_bytes:
+        raise ValueError(f"{target}: expected at most {max_bytes} bytes of JSON, got {target.stat().st_size}")
     try:
         value = json.loads(target.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -84,6 +107,20 @@ def open_to_append(path: str | os.PathLike[str]) -> IO[str]:
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666)
     return os.fdopen(descriptor, "a", encoding="utf-8")
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Create a directory if need be, and check that files can be written to it.
+
+    Raises:
+        OSError: it can't be created or written to.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    probe = target / f".writable-{uuid.uuid4().hex}"
+    with replacing_file(probe, durable=False) as file:
+        file.write(b"?")
+    probe.unlink()
 
 
 def flush_entry(path: str | os.PathLike[str]) -> None:

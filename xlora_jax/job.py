@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from xlora_jax.config import XLoraConfig
 from xlora_jax.training.config import TrainConfig
 from xlora_jax.training.data import Rows, encode_records, lay_out, read_records
 from xlora_jax.training.records import BadRecords
-from xlora_jax.training.trainer import TrainResult, mesh_of, train
+from xlora_jax.training.run_lock import run_lock
+from xlora_jax.training.trainer import Trainer, TrainResult, mesh_of
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,16 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
         same job goes on from its last checkpoint.
 
     Raises:
-        ValueError: settings or data that can't be used; the message says what to change.
-        OSError: files that can't be read or written.
+        ValueError: settings or data that can't be used, or others than those of the run in ``job.output``; the message
+            says what to change.
+        OSError: files that can't be read or written; whether the result can be is checked before training.
         NonFiniteError: the loss was not finite for too many steps in a row.
     """
-    from interop import load_xlora, save_xlora
+    from interop.checkpoint.write import check_target
     from interop.hf.tokenizer import load_codec
-    from xlora_jax.sharding import placer
 
+    output = Path(job.output)
+    check_target(output / "model")  # before anything takes long
     codec = load_codec(job.base)
 
     bad = BadRecords(job.skip_bad_records)
@@ -89,6 +93,19 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
     rows = rows_of(job.data)
     held_out = {name: rows_of(source) for name, source in job.eval_data.items()}
     bad.warn()
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(run_lock(output))
+        return _run_locked(job, rows, held_out, show_progress)
+
+
+def _run_locked(job: Job, rows: Rows, held_out: Mapping[str, Rows], show_progress: bool) -> TrainResult:
+    """Load, train and save, within the lock of the run."""
+    from interop import load_xlora, save_xlora
+    from interop.model import check_save
+    from xlora_jax.sharding import placer
+
+    output = Path(job.output)
     mesh = mesh_of(job.train)
     place = None if mesh is None else placer(mesh)
     options: dict[str, Any] = {"dtype": job.dtype, "expert_dtype": job.expert_dtype, "seed": job.train.seed}
@@ -102,21 +119,16 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
         )
     else:
         model = load_xlora(job.base, adapters=dict(job.adapters), config=_config_for(job), place=place, **options)
-    output = Path(job.output)
     if jax.process_index() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        replace_json(output / "job.json", _describe(job))
-    result = train(
-        model,
-        rows,
-        job.train,
-        eval_rows=held_out,
-        output=output,
-        mesh=mesh,
-        show_progress=show_progress,
-    )
+        check_save(model, output / "model", job.layout)
+        if not (output / "job.json").exists():
+            replace_json(output / "job.json", _describe(job))
+    trainer = Trainer(model, rows, job.train, eval_rows=held_out, output=output, mesh=mesh)
+    result = trainer.run(show_progress=show_progress, locked=True)
     if result.finished and jax.process_index() == 0:
         save_xlora(result.model, output / "model", layout=job.layout)
+        # A run that was resumed with other settings, which were allowed, was finished with these.
+        replace_json(output / "job.json", _describe(job))
     return result
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -26,6 +28,10 @@ from xlora_jax.trees import Path, flatten, unflatten
 __all__ = ["BaseModel", "XLoraModel"]
 
 _forward = partial(jax.jit, static_argnums=0)(forward)
+
+
+# Whether the experts are on, by id of a model within a block of `disable_adapter`: each thread has its own.
+_SWITCHES: ContextVar[Mapping[int, bool]] = ContextVar("switches", default=types.MappingProxyType({}))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -102,7 +108,10 @@ class XLoraModel:
     """An X-LoRA model.
 
     The setters change the handle that they are called on, by giving it a new frozen ``config``; parameters are never
-    changed in place. Everything below the handle is pure: ``model.xlora`` with ``model.params`` is what the functions
+    changed in place. A handle can be called from several threads at once. Settings, the log of scalings and what
+    :meth:`get_latest_scalings` and :meth:`get_generation_stats` return belong to the handle, so threads that want their
+    own take a copy each, ``model.replace()``, which shares the parameters. :meth:`disable_adapter` acts in its own
+    thread only. Everything below the handle is pure: ``model.xlora`` with ``model.params`` is what the functions
     of :mod:`xlora_jax.passes`, :mod:`xlora_jax.generation.generate` and :mod:`xlora_jax.training.step` take.
 
     Attributes:
@@ -178,7 +187,7 @@ class XLoraModel:
                 that the base has no rows for.
         """
         inputs = _inputs(self.module, input_ids, attention_mask, inputs_embeds, more)
-        if not self._enabled:
+        if not self._experts_on:
             base = _base_forward(self.module, self.params["base"], **inputs)
             return XLoraOutput(base.logits, base.hidden_states, None)
         if scalings is not None:
@@ -213,7 +222,7 @@ class XLoraModel:
             input_ids,
             attention_mask,
             config,
-            experts=self._enabled,
+            experts=self._experts_on,
             record=self._logging,
         )
         self._stats = out.stats
@@ -264,7 +273,7 @@ class XLoraModel:
         """
         config = dataclasses.replace(config or GenerationConfig(), **options)
         self._stats = yield from stream(
-            self.xlora, self.params, input_ids, attention_mask, config, experts=self._enabled, steps=steps
+            self.xlora, self.params, input_ids, attention_mask, config, experts=self._experts_on, steps=steps
         )
 
     def get_generation_stats(self) -> GenerationStats | None:
@@ -324,22 +333,34 @@ class XLoraModel:
             entries.append(scalings)
         return buckets
 
+    @property
+    def _experts_on(self) -> bool:
+        return _SWITCHES.get().get(id(self), self._enabled)
+
     def enable_adapter_layers(self) -> None:
-        """Switch the experts on."""
-        self._enabled = True
+        """Switch the experts on; within a block of :meth:`disable_adapter`, until its end and in this thread."""
+        self._switch(True)
 
     def disable_adapter_layers(self) -> None:
         """Switch the experts off: calls and generation are the base model's, in one pass."""
-        self._enabled = False
+        self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        if id(self) in _SWITCHES.get():
+            _SWITCHES.set({**_SWITCHES.get(), id(self): on})
+        else:
+            self._enabled = on
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Switch the experts off within a ``with`` block."""
-        before, self._enabled = self._enabled, False
+        """Switch the experts off within a ``with`` block, in this thread or asynchronous task only."""
+        before = _SWITCHES.get().get(id(self))
+        _SWITCHES.set({**_SWITCHES.get(), id(self): False})
         try:
             yield
         finally:
-            self._enabled = before
+            switches = {key: on for key, on in _SWITCHES.get().items() if key != id(self)}
+            _SWITCHES.set(switches if before is None else {**switches, id(self): before})
 
     def _set(self, **changes: Any) -> None:
         with warnings.catch_warnings():

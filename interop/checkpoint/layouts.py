@@ -132,7 +132,8 @@ def read_ordering(directory: Path) -> Ordering:
         raise FormatError(f"{path}: two experts of one name in order: {listed(names)}.")
     if layers is not None:
         numbers = list(layers.values()) if isinstance(layers, dict) else []
-        if not all(type(number) is int for number in numbers) or sorted(numbers) != list(range(len(layers))):
+        whole = isinstance(layers, dict) and all(type(number) is int for number in numbers)
+        if not whole or sorted(numbers) != list(range(len(numbers))):
             raise FormatError(
                 f"{path}: layers should number the adapted layers from 0, each once, got {brief(layers)}."
             )

@@ -37,7 +37,7 @@ from interop.checkpoint.layouts import (
 from interop.peft.adapter import WEIGHTS_STEM, LoraAdapter, adapter_config, adapter_tensors, write_lora
 from interop.peft.config import ADAPTER_CONFIG_FILE
 from interop.peft.names import renamed
-from interop.storage.atomic import replacing
+from interop.storage.atomic import check_replaceable, replacing
 from interop.storage.errors import FormatError, listed
 from interop.storage.files import write_json
 from interop.storage.tensors import write_safetensors
@@ -77,13 +77,9 @@ def write_xlora(
         FormatError: what doesn't fit together, or what the layout can't express.
         FileExistsError: the directory holds something else.
     """
-    if layout not in get_args(Layout):
-        raise FormatError(f"layout {layout!r}; expected one of {', '.join(get_args(Layout))}.")
     target = Path(directory).expanduser().resolve()
+    check_layout(layout, config, classifier, adapters, layer_names, head)
     names = [adapter.name for adapter in adapters]
-    _check_model(config, classifier, names, layer_names)
-    if head and layout != "peft":
-        raise FormatError(f"layout {layout!r} has no place for a classification head ({listed(head)}); use 'peft'.")
     adapters = [renamed(adapter.factors_only(), layer_names) for adapter in adapters]
     scaling_pass_value = config.scaling_pass_gate(len(names))
     config = dataclasses.replace(config, adapters=dict.fromkeys(names, ""), scaling_pass_value=scaling_pass_value)
@@ -106,6 +102,43 @@ def write_xlora(
             _write_original(partial, config, classifier, adapters, base_model)
         else:
             _write_mistralrs(partial, config, classifier, adapters, base_model, layer_names)
+
+
+def check_layout(
+    layout: str,
+    config: XLoraConfig,
+    classifier: Sequence[Linear],
+    adapters: Sequence[LoraAdapter],
+    layer_names: Sequence[str],
+    head: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
+    """Check that a layout can express a model; arguments as those of :func:`write_xlora`. Nothing is written.
+
+    Raises:
+        FormatError: it can't, or the parts don't fit together.
+    """
+    if layout not in get_args(Layout):
+        raise FormatError(f"layout {layout!r}; expected one of {', '.join(get_args(Layout))}.")
+    names = [adapter.name for adapter in adapters]
+    _check_model(config, classifier, names, layer_names)
+    if head and layout != "peft":
+        raise FormatError(f"layout {layout!r} has no place for a classification head ({listed(head)}); use 'peft'.")
+    adapters = [renamed(adapter.factors_only(), layer_names) for adapter in adapters]
+    if layout == "xlora":
+        _check_original(adapters)
+    elif layout == "mistralrs":
+        _check_mistralrs(config, classifier, adapters, layer_names)
+
+
+def check_target(directory: str | os.PathLike[str]) -> None:
+    """Check that a directory can be created, or replaced by :func:`write_xlora`. Nothing is written.
+
+    Raises:
+        FileExistsError: it is a file, or holds something else than an earlier save.
+        OSError: it can't be written.
+    """
+    target = Path(directory).expanduser().resolve()
+    check_replaceable(target, owned=_owned(target))
 
 
 def _owned(target: Path) -> list[str]:
@@ -201,13 +234,7 @@ def _check_names(layout: str, names: Sequence[str]) -> None:
             )
 
 
-def _write_original(
-    partial: Path,
-    config: XLoraConfig,
-    classifier: Sequence[Linear],
-    adapters: Sequence[LoraAdapter],
-    base_model: str,
-) -> None:
+def _check_original(adapters: Sequence[LoraAdapter]) -> None:
     _check_names("xlora", [adapter.name for adapter in adapters])
     for adapter in adapters:
         for path, layer in adapter.layers.items():
@@ -216,19 +243,24 @@ def _write_original(
                     f"layout 'xlora': the expert {adapter.name!r} adapts the embedding {path!r}, and the original "
                     f"X-LoRA can't run such an expert (it multiplies token numbers by gates); use layout 'peft'."
                 )
+
+
+def _write_original(
+    partial: Path,
+    config: XLoraConfig,
+    classifier: Sequence[Linear],
+    adapters: Sequence[LoraAdapter],
+    base_model: str,
+) -> None:
+    for adapter in adapters:
         (partial / adapter.name).mkdir()
         write_lora(adapter, partial / adapter.name)
     write_json(partial / XLORA_CONFIG_FILE, _original_settings(config, adapters, base_model))
     write_safetensors(partial / f"{XLORA_CLASSIFIER_STEM}.safetensors", classifier_tensors("xlora", config, classifier))
 
 
-def _write_mistralrs(
-    partial: Path,
-    config: XLoraConfig,
-    classifier: Sequence[Linear],
-    adapters: Sequence[LoraAdapter],
-    base_model: str,
-    layer_names: Sequence[str],
+def _check_mistralrs(
+    config: XLoraConfig, classifier: Sequence[Linear], adapters: Sequence[LoraAdapter], layer_names: Sequence[str]
 ) -> None:
     names = [adapter.name for adapter in adapters]
     _check_names("mistralrs", names)
@@ -242,6 +274,28 @@ def _write_mistralrs(
             f"PEFT selects the top k in the scaling pass too, and mistral.rs does not; use scaling_pass_value 0, or "
             f"layout 'peft'."
         )
+    _as_wide_as_hidden(config, classifier)
+    for adapter in adapters:
+        _mistralrs_expert(adapter, adapters[0], layer_names)
+    fixed = [ORDERING_FILE, CARD_FILE, XLORA_CONFIG_FILE, f"{XLORA_CLASSIFIER_STEM}.safetensors"]
+    written = sorted([*fixed, *(f"{name}.{ending}" for name in names for ending in ("json", "safetensors"))])
+    for name in names:  # it takes for an expert's every file whose name contains the expert's
+        files_of = [file for file in written if name in file]
+        if files_of != [f"{name}.json", f"{name}.safetensors"]:
+            raise FormatError(
+                f"layout 'mistralrs': mistral.rs finds an expert's files by its name as a part of theirs, and {name!r} "
+                f"is a part of {listed(files_of)}; load the expert under another name."
+            )
+
+
+def _write_mistralrs(
+    partial: Path,
+    config: XLoraConfig,
+    classifier: Sequence[Linear],
+    adapters: Sequence[LoraAdapter],
+    base_model: str,
+    layer_names: Sequence[str],
+) -> None:
     config, classifier = _as_wide_as_hidden(config, classifier)
     files = {
         XLORA_CONFIG_FILE: _original_settings(config, adapters, base_model)
@@ -255,13 +309,6 @@ def _write_mistralrs(
     )
     for adapter in adapters:
         write_safetensors(partial / f"{adapter.name}.safetensors", adapter_tensors(adapter))
-    for name in names:  # it takes for an expert's every file whose name contains the expert's
-        files_of = sorted(entry.name for entry in partial.iterdir() if name in entry.name)
-        if files_of != sorted((f"{name}.json", f"{name}.safetensors")):
-            raise FormatError(
-                f"layout 'mistralrs': mistral.rs finds an expert's files by its name as a part of theirs, and {name!r} "
-                f"is a part of {listed(files_of)}; load the expert under another name."
-            )
 
 
 def _as_wide_as_hidden(config: XLoraConfig, classifier: Sequence[Linear]) -> tuple[XLoraConfig, Sequence[Linear]]:

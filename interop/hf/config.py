@@ -95,6 +95,9 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
             f"read. Take the model that this one was made from{_unquantized(content, path)}, in float32, "
             f"bfloat16 or float16."
         )
+    names = content.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise FormatError(f"{path}: field 'architectures': expected a list of names, got {brief(names)}.")
     for name in ("dtype", "torch_dtype"):
         if content.get(name) not in (None, *_DTYPES):
             raise FormatError(

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from xlora_jax.atomic import flush_entry
 
-__all__ = ["replacing"]
+__all__ = ["check_replaceable", "replacing"]
 
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -42,21 +42,32 @@ def replacing(directory: str | os.PathLike[str], *, owned: Sequence[str]) -> Ite
         FileExistsError: `directory` is a file, or holds entries that match none of `owned`.
     """
     target = Path(directory).expanduser().resolve()
-    _check_replaceable(target, owned)
+    check_replaceable(target, owned=owned)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()
     try:
         yield partial
         _flush(partial)
-        _check_replaceable(target, owned)
+        check_replaceable(target, owned=owned)
         _put_in_place(partial, target)
         flush_entry(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what failed, or the old one after an exchange
 
 
-def _check_replaceable(target: Path, owned: Sequence[str]) -> None:
+def check_replaceable(target: Path, *, owned: Sequence[str]) -> None:
+    """Check that :func:`replacing` can create or replace a directory. Nothing is written.
+
+    Raises:
+        FileExistsError: `target` is a file, or holds entries that match none of `owned`.
+        OSError: the directory that it is to be in is none, or can't be written to.
+    """
+    parent = next(folder for folder in target.parents if folder.exists() or folder.is_symlink())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{target}: {parent} is not a directory; choose another place.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target}: {parent} can't be written to; choose another place, or change its mode.")
     if not target.exists():
         return
     if not target.is_dir():

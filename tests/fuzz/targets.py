@@ -169,6 +169,32 @@ def _read_settings(directory: Path) -> None:
     _read_settings(directory / "train_config.json")
 
 
+@cache
+def _inputs() -> Any:
+    from tests.helpers.synthetic import synthetic
+    from xlora_jax.training.data import Rows
+    from xlora_jax.training.fingerprint import run_fingerprint
+
+    xlora, params = synthetic()
+    return run_fingerprint(xlora, params, tuple(xlora.config.adapters), Rows.from_tokens(np.arange(12).reshape(2, 6)))
+
+
+def _fingerprint(directory: Path) -> None:
+    from xlora_jax.atomic import replace_json
+
+    replace_json(directory / "fingerprint.json", _inputs())
+
+
+def _read_fingerprint(directory: Path) -> None:
+    from xlora_jax.training.fingerprint import differences, read_fingerprint, versions_differ
+
+    now = _inputs()
+    stored = read_fingerprint(directory / "fingerprint.json")
+    found = differences(stored, now)
+    assert bool(found) == any(stored[part] != now[part] for part in now if part != "versions")
+    assert all(len(text) < 2000 for text in [*found, *versions_differ(stored, now)])
+
+
 def _metrics(directory: Path) -> None:
     from xlora_jax.training.metrics import MetricsWriter
 
@@ -270,6 +296,7 @@ TARGETS = {
     "generation config": Target(_generation_config, _read_generation_config),
     "tokenizer": Target(_tokenizer, _read_tokenizer),
     "settings of a run": Target(_settings, _read_settings),
+    "fingerprint of a run": Target(_fingerprint, _read_fingerprint),
     "metrics": Target(_metrics, _read_metrics),
     "checkpoints of training": Target(_checkpoints, _read_checkpoints),
     "scaling cache": Target(_scaling_cache, _read_scaling_cache),

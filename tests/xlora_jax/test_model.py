@@ -1,6 +1,7 @@
 """The handle: PEFT's method names, state that is visible, errors that say what to do."""
 
 import dataclasses
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,36 @@ def test_disabled_is_the_base_model_and_enable_brings_the_experts_back() -> None
     model.enable_adapter_layers()
     np.testing.assert_array_equal(model(ids).logits, mixed)
     assert jnp.abs(mixed - base).max() > 0.1
+
+
+def test_a_thread_does_not_switch_off_the_experts_of_another() -> None:
+    model = make_model()
+    ids = tokens(0, 2, 6)
+    mixed, base = model(ids).logits, BaseModel(model.module, model.params["base"])(ids).logits
+    inside, done = threading.Event(), threading.Event()
+    found = []
+
+    def without_experts() -> None:
+        with model.disable_adapter():
+            inside.set()
+            done.wait(60)
+            found.append(model(ids).logits)
+        found.append(model(ids).logits)
+
+    thread = threading.Thread(target=without_experts)
+    thread.start()
+    assert inside.wait(60)
+    np.testing.assert_array_equal(model(ids).logits, mixed)
+    with model.disable_adapter():
+        model.enable_adapter_layers()  # acts in this block alone
+        np.testing.assert_array_equal(model(ids).logits, mixed)
+        with model.disable_adapter():
+            np.testing.assert_array_equal(model(ids).logits, base)
+        np.testing.assert_array_equal(model(ids).logits, mixed)
+    done.set()
+    thread.join()
+    np.testing.assert_array_equal(found[0], base)
+    np.testing.assert_array_equal(found[1], mixed)
 
 
 def test_setters_change_config_and_result() -> None:

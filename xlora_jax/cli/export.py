@@ -43,19 +43,15 @@ def command(
     from interop.model import open_xlora
     from interop.storage.hub import resolve
 
-    try:
-        adapters = named_paths(adapter, "--adapter")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # loading says it again
-            stored = read_xlora(resolve(checkpoint)).classifier[0][0].dtype
-        dtype = stored if stored.itemsize < 8 else "float32"
-        with working(f"writing {output}", quiet=quiet), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            model = open_xlora(base, dtype=dtype, checkpoint=checkpoint, adapters=adapters or None)
-            save_xlora(model, output, layout=layout.value)
-    except (ValueError, OSError, ImportError) as error:
-        say(f"refused: {error}", err=True)
-        raise typer.Exit(1) from None
+    adapters = named_paths(adapter, "--adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading says it again
+        stored = read_xlora(resolve(checkpoint)).classifier[0][0].dtype
+    dtype = stored if stored.itemsize < 8 else "float32"
+    with working(f"writing {output}", quiet=quiet), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model = open_xlora(base, dtype=dtype, checkpoint=checkpoint, adapters=adapters or None)
+        save_xlora(model, output, layout=layout.value)
     for warning in () if quiet else caught:
         say(f"note: {warning.message}", err=True)
     say(f"{output}: {len(model.expert_names)} experts, {', '.join(model.expert_names)}; see README.md there")

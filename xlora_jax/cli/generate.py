@@ -74,71 +74,67 @@ def command(
     What is not given on the command line is as the model's generation_config.json has it.
     """
     # Imported here: `--help` answers at once.
-    from interop import FormatError, load_base, load_xlora
+    from interop import load_base, load_xlora
     from interop.hf.auto import load_tokenizer, warn_of_added_tokens
     from interop.hf.generation_config import load_generation_config
     from xlora_jax.generation.text import StopStrings, TextStream
 
-    try:
-        texts = _read_prompts(prompt, prompts)
-        tokenizer = load_tokenizer(base)
+    texts = _read_prompts(prompt, prompts)
+    tokenizer = load_tokenizer(base)
 
-        def decode(tokens: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-        stops = StopStrings(tuple(stop), decode) if stop else None
-        given: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "num_return_sequences": num_return_sequences,
-            "stop_at": stops,
-            "frozen_after": frozen_after,
-            "prefill_chunk": prefill_chunk,
-        }
-        config = dataclasses.replace(
-            load_generation_config(base, file=generation_config, changes=json_object(settings, "--set")),
-            seed=seed,
-            draft=draft,
-            **{name: value for name, value in given.items() if value is not None},
+    stops = StopStrings(tuple(stop), decode) if stop else None
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "num_return_sequences": num_return_sequences,
+        "stop_at": stops,
+        "frozen_after": frozen_after,
+        "prefill_chunk": prefill_chunk,
+    }
+    config = dataclasses.replace(
+        load_generation_config(base, file=generation_config, changes=json_object(settings, "--set")),
+        seed=seed,
+        draft=draft,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    adapters = named_paths(adapter, "--adapter") or None
+    if adapters and checkpoint is None:
+        raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
+    with working(f"loading {base}", quiet=quiet):
+        # Blocks side by side: slower to compile than stacked ones, and faster from the first tokens on.
+        model: Any = (
+            load_base(base, dtype=dtype, scan_layers=False)
+            if checkpoint is None
+            else load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
         )
-        adapters = named_paths(adapter, "--adapter") or None
-        if adapters and checkpoint is None:
-            raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
-        with working(f"loading {base}", quiet=quiet):
-            # Blocks side by side: slower to compile than stacked ones, and faster from the first tokens on.
-            model: Any = (
-                load_base(base, dtype=dtype, scan_layers=False)
-                if checkpoint is None
-                else load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
-            )
-            warn_of_added_tokens(tokenizer, model.module.config.vocab_size)
-        ids, mask = _encode(tokenizer, texts, chat=chat, system=system)
-        rows = len(ids) * config.num_return_sequences
-        if stream and rows > 1:
-            raise ValueError(f"--stream prints one text, got {rows}: leave it out")
-        if stream or (stream is None and rows == 1):
-            text = TextStream(decode, stops)
-            for (tokens,) in model.stream(ids, mask, config=config):
-                say(text.push(tokens), nl=False)
-            say(text.close())
-        else:
-            with working("generating", quiet=quiet):
-                out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
-            for row, tokens in enumerate(out.tolist()):
-                if rows > 1:
-                    say(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
-                written = decode(_before_end(tokens, config.eos))
-                say(written if stops is None else stops.cut(written))
-        if stats:
-            say(_describe(model.get_generation_stats()), dim=True, err=True)
-    except (FormatError, NotImplementedError, ValueError, OSError) as error:
-        say(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+        warn_of_added_tokens(tokenizer, model.module.config.vocab_size)
+    ids, mask = _encode(tokenizer, texts, chat=chat, system=system)
+    rows = len(ids) * config.num_return_sequences
+    if stream and rows > 1:
+        raise ValueError(f"--stream prints one text, got {rows}: leave it out")
+    if stream or (stream is None and rows == 1):
+        text = TextStream(decode, stops)
+        for (tokens,) in model.stream(ids, mask, config=config):
+            say(text.push(tokens), nl=False)
+        say(text.close())
+    else:
+        with working("generating", quiet=quiet):
+            out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
+        for row, tokens in enumerate(out.tolist()):
+            if rows > 1:
+                say(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
+            written = decode(_before_end(tokens, config.eos))
+            say(written if stops is None else stops.cut(written))
+    if stats:
+        say(_describe(model.get_generation_stats()), dim=True, err=True)
 
 
 def _read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from xlora_jax.cli import export, generate, inspect, report, train
+from xlora_jax.cli.errors import EXIT_CODES, in_one_line
 from xlora_jax.cli.terminal import show_warnings
 
 __all__ = ["app", "main"]
@@ -12,16 +13,20 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="xlora-jax",
     help="X-LoRA, a mixture of LoRA experts, for JAX: look at files, train a gate, generate, report, export.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
-app.command("inspect")(inspect.command)
-app.command("train")(train.command)
-app.command("export")(export.command)
-app.command("generate")(generate.command)
-app.command("report")(report.command)
+for _name, _module in (
+    ("inspect", inspect),
+    ("train", train),
+    ("export", export),
+    ("generate", generate),
+    ("report", report),
+):
+    app.command(_name)(in_one_line(_name)(_module.command))
 
 
 def main() -> None:

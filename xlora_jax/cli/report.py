@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from xlora_jax.atomic import replace_json, replacing_file
+from xlora_jax.atomic import check_writable, replace_json, replacing_file
 from xlora_jax.cli.options import Adapters, Base, Quiet, named_paths
 from xlora_jax.cli.progress import tracked, working
 from xlora_jax.cli.terminal import cell, say, visible
@@ -46,30 +46,30 @@ def command(
     from xlora_jax.training.records import BadRecords
     from xlora_jax.training.routing import make_routing_step
 
-    try:
-        if output is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
-        texts, adapters = named_paths(data, "--data"), named_paths(adapter, "--adapter") or None
-        bad = BadRecords(skip_bad_records)
-        with working("reading texts", quiet=quiet):
-            codec = load_codec(base)
-            given = {
-                name: lay_out(encode_records(read_records(path, bad), codec, bad), length)
-                for name, path in texts.items()
-            }
-            bad.warn()
-        with working(f"loading {base}", quiet=quiet):
-            model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
-        for part in given.values():
-            part.check_vocabulary(model.module.config.vocab_size)
-        step = partial(make_routing_step(model.xlora), model.params)
-        found = {name: _routing_of(step, part.arrays, rows, batch_size, name, quiet) for name, part in given.items()}
-        _print(model.expert_names, found)
-        if output is not None:
-            _write(output, model, found)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        say(f"xlora-jax report: {error}", err=True)
-        raise typer.Exit(1) from error
+    for name, value, least in (("--rows", rows, 0), ("--batch-size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if output is not None:
+        check_writable(output)
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--output draws with matplotlib, which is missing: pip install 'xlora-jax[plots]'")
+    texts, adapters = named_paths(data, "--data"), named_paths(adapter, "--adapter") or None
+    bad = BadRecords(skip_bad_records)
+    with working("reading texts", quiet=quiet):
+        codec = load_codec(base)
+        given = {
+            name: lay_out(encode_records(read_records(path, bad), codec, bad), length) for name, path in texts.items()
+        }
+        bad.warn()
+    with working(f"loading {base}", quiet=quiet):
+        model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
+    for part in given.values():
+        part.check_vocabulary(model.module.config.vocab_size)
+    step = partial(make_routing_step(model.xlora), model.params)
+    found = {name: _routing_of(step, part.arrays, rows, batch_size, name, quiet) for name, part in given.items()}
+    _print(model.expert_names, found)
+    if output is not None:
+        _write(output, model, found)
 
 
 def _routing_of(
@@ -83,6 +83,7 @@ def _routing_of(
 
     total = None
     count = len(arrays["input_ids"]) if rows == 0 else min(rows, len(arrays["input_ids"]))
+    batch_size = min(batch_size, count)
     starts = range(0, count, batch_size)
     for start in tracked(starts, name, total=len(starts), quiet=quiet):
         batch = {}

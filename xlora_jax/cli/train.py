@@ -13,9 +13,7 @@ import typer
 from xlora_jax.cli.options import Quiet, json_object, named_paths, read_settings_file
 from xlora_jax.cli.terminal import say
 from xlora_jax.job import Job, run_training
-from xlora_jax.training.checkpoints import CheckpointError
 from xlora_jax.training.config import TrainConfig
-from xlora_jax.training.trainer import NonFiniteError
 
 __all__ = ["command"]
 
@@ -82,6 +80,9 @@ def command(
     ] = None,
     fsdp: Annotated[int | None, Option(help="Mesh: devices that share the parameters; default 1.")] = None,
     tensor: Annotated[int | None, Option(help="Mesh: devices that share each layer's width; default 1.")] = None,
+    allow_changed: Annotated[
+        bool, Option("--allow-changed", help="Go on with the run in OUTPUT with other data, model or settings.")
+    ] = False,
     distributed: Annotated[bool, Option(help="Start jax.distributed: one process of several (a pod).")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -93,47 +94,44 @@ def command(
     """
     if distributed:
         jax.distributed.initialize()
-    try:
-        given = {
-            "base": base,
-            "adapters": named_paths(adapter, "--adapter") or None,
-            "data": data,
-            "output": output,
-            "eval_data": _held_out(eval_data or []) or None,
-            "checkpoint": checkpoint,
-            "xlora": None if xlora is None else json_object(xlora, "--xlora"),
-            "length": length,
-            "pack": pack,
-            "skip_bad_records": skip_bad_records,
-            "dtype": dtype,
-        }
-        run = {
-            "steps": steps,
-            "batch_size": batch_size,
-            "accumulate": accumulate,
-            "optimizer": optimizer,
-            "learning_rate": learning_rate,
-            "schedule": schedule,
-            "warmup": warmup,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "seed": seed,
-            "remat": remat,
-            "attention": attention,
-            "eval_every": eval_every,
-            "checkpoint_every": checkpoint_every,
-            "log_every": log_every,
-            "scaling_cache": scaling_cache,
-            "data": data_axis,
-            "fsdp": fsdp,
-            "tensor": tensor,
-            **json_object(settings or "{}", "--set"),
-        }
-        job = _job(given, run, config)
-        result = run_training(job, show_progress=not quiet)
-    except (ValueError, TypeError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
-        say(f"xlora-jax train: {error}", err=True)
-        raise typer.Exit(1) from error
+    given = {
+        "base": base,
+        "adapters": named_paths(adapter, "--adapter") or None,
+        "data": data,
+        "output": output,
+        "eval_data": _held_out(eval_data or []) or None,
+        "checkpoint": checkpoint,
+        "xlora": None if xlora is None else json_object(xlora, "--xlora"),
+        "length": length,
+        "pack": pack,
+        "skip_bad_records": skip_bad_records,
+        "dtype": dtype,
+    }
+    run = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+        "remat": remat,
+        "attention": attention,
+        "eval_every": eval_every,
+        "checkpoint_every": checkpoint_every,
+        "log_every": log_every,
+        "scaling_cache": scaling_cache,
+        "data": data_axis,
+        "fsdp": fsdp,
+        "tensor": tensor,
+        "allow_changed": allow_changed or None,
+        **json_object(settings or "{}", "--set"),
+    }
+    job = _job(given, run, config)
+    result = run_training(job, show_progress=not quiet)
     if jax.process_index() != 0:
         return
     if not result.finished:

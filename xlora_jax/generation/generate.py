@@ -13,7 +13,18 @@ import numpy as np
 
 from xlora_jax.generation.decoding import decode
 from xlora_jax.generation.sampling import LogitsProcessor, Sampler
-from xlora_jax.generation.state import Draft, Ints, Settings, State, StopAt, new_tokens, start
+from xlora_jax.generation.state import (
+    UNBOUNDED,
+    Draft,
+    Ints,
+    Settings,
+    State,
+    StopAt,
+    new_tokens,
+    row_bytes,
+    start,
+)
+from xlora_jax.memory import check_fits, in_gib
 from xlora_jax.models import Decoder
 from xlora_jax.passes import Params, XLora
 from xlora_jax.token_ids import check_token_ids, warn_beyond_context
@@ -71,13 +82,16 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        for name, least in (("max_new_tokens", 1), ("num_return_sequences", 1), ("prefill_chunk", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("max_new_tokens", "num_return_sequences", "prefill_chunk", "frozen_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.frozen_after is not None and self.frozen_after > UNBOUNDED:
+            raise ValueError(f"frozen_after: expected at most {UNBOUNDED}, or None, got {self.frozen_after}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a number of 64 bits, got {self.seed}")
         if self.draft not in get_args(Draft):
             raise ValueError(f"draft: expected one of {', '.join(map(repr, get_args(Draft)))}, got {self.draft!r}")
-        if self.frozen_after is not None and self.frozen_after < 1:
-            raise ValueError(f"frozen_after: expected at least 1 new token, or None, got {self.frozen_after}")
 
     @property
     def eos(self) -> tuple[int, ...]:
@@ -295,15 +309,28 @@ class _Run:
                 f"{config.max_new_tokens}: shorten one of them"
             )
         context = xlora.module.config.context_length
+        settings = config.settings(record=record and experts)
+        longest = int(lengths.max())
+        rows = len(ids) * config.num_return_sequences
+        size = row_bytes(xlora, longest, config.max_new_tokens, settings, experts) * rows
         if context is not None and config.max_new_tokens > context and not config.beyond_context:
             raise ValueError(
                 f"max_new_tokens: expected at most {context}, the positions that the model was made for, got "
-                f"{config.max_new_tokens}; the caches alone would take "
-                f"{_cache_bytes(xlora, config, len(ids), experts) / 2**30:.1f} GiB. Set beyond_context to ask for it"
+                f"{config.max_new_tokens}; the caches alone would take {in_gib(size)}. Set beyond_context to "
+                f"ask for it"
+            )
+        check_fits(
+            size,
+            f"tokens and caches of {rows} sequences (num_return_sequences {config.num_return_sequences}) with "
+            f"{longest} + {config.max_new_tokens} tokens each (max_new_tokens {config.max_new_tokens})",
+            "ask for fewer",
+        )
+        if longest + config.max_new_tokens > UNBOUNDED // 2:  # positions are int32, and slots are rounded up
+            raise ValueError(
+                f"max_new_tokens: expected at most {UNBOUNDED // 2 - longest}, got {config.max_new_tokens}"
             )
         warn_beyond_context(int(lengths.max()), context, stacklevel=5)
         ids, mask, lengths = (np.repeat(array, config.num_return_sequences, axis=0) for array in (ids, mask, lengths))
-        settings = config.settings(record=record and experts)
         return cls(xlora, params, config, settings, experts, ids.astype(np.int32), mask, lengths)
 
     def states(self, steps: int | None) -> Iterator[State]:
@@ -341,14 +368,6 @@ class _Run:
             cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
             cache_bytes_per_token=sum(cache.bytes_per_token for cache in caches),
         )
-
-
-def _cache_bytes(xlora: XLora, config: GenerationConfig, rows: int, experts: bool) -> int:
-    """Return the size of keys and values of all new tokens, were no layer to keep a window only."""
-    sizes = xlora.module.config
-    width = jnp.dtype(config.cache_dtype or xlora.module.dtype).itemsize
-    per_token: int = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * width
-    return per_token * config.max_new_tokens * rows * config.num_return_sequences * (2 if experts else 1)
 
 
 def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> jax.Array | None:

@@ -5,8 +5,10 @@ Axes as in :mod:`xlora_jax.layers.mixing`, S for the slots of the token buffer a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import jax
@@ -112,14 +114,9 @@ def start(
     """
     batch = len(prompts)
     longest = int(lengths.max())
-    chunk = chunk_size(xlora, longest, settings)
-    # Slots behind the longest row, for drafts; and whole chunks of the prompt.
-    ahead = GUESSES if experts and settings.draft else 0
-    capacity = bucket(max(longest + max_new_tokens + ahead, -(-longest // chunk) * chunk))
+    capacity, margin = _slots(xlora, longest, max_new_tokens, settings, experts)
     tokens = np.zeros((batch, capacity), np.int32)
     tokens[:, :longest] = prompts[:, :longest]
-    # No rings where the whole sequence may have to run again. A ring holds the window and what is written at once.
-    margin = None if xlora.module.config.rope_switches_at is not None else max(chunk, ahead + 1)
     caches = [xlora.module.empty_cache(batch, capacity, settings.cache_dtype, margin) for _ in range(1 + experts)]
     scalings = recorded = None
     if experts:
@@ -142,6 +139,38 @@ def start(
         accepted=jnp.zeros(batch, jnp.int32),
         guessed=jnp.zeros(batch, jnp.int32),
     )
+
+
+def _slots(
+    xlora: XLora, longest: int, max_new_tokens: int, settings: Settings, experts: bool
+) -> tuple[int, int | None]:
+    """Slots of a row, and those that a ring has beside its window; None for no rings."""
+    chunk = chunk_size(xlora, longest, settings)
+    # Slots behind the longest row, for drafts; and whole chunks of the prompt.
+    ahead = GUESSES if experts and settings.draft else 0
+    capacity = bucket(max(longest + max_new_tokens + ahead, -(-longest // chunk) * chunk))
+    # No rings where the whole sequence may have to run again. A ring holds the window and what is written at once.
+    return capacity, None if xlora.module.config.rope_switches_at is not None else max(chunk, ahead + 1)
+
+
+def row_bytes(xlora: XLora, longest: int, max_new_tokens: int, settings: Settings, experts: bool) -> int:
+    """Return the bytes of each row of a state, caches included; arguments as those of :func:`start`."""
+    capacity, margin = _slots(xlora, longest, max_new_tokens, settings, experts)
+
+    # JAX has no shapes beyond 64 bits: of a cache that large, a part tells the size.
+    part = min(capacity, 2**31)
+    cache = _cache_bytes(cast(Hashable, xlora.module), part, settings.cache_dtype, margin) * capacity // part
+    size = 4 * capacity + cache * (1 + experts)
+    if experts and settings.record:
+        layers = len(xlora.layers) if xlora.config.layerwise_scalings else 1
+        size += capacity * layers * xlora.num_experts * jnp.dtype(xlora.module.dtype).itemsize
+    return size
+
+
+@lru_cache(maxsize=64)
+def _cache_bytes(module: Any, capacity: int, dtype: Any, margin: int | None) -> int:
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: module.empty_cache(1, capacity, dtype, margin)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def new_tokens(state: State, first: Ints) -> list[Ints]:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from xlora_jax.atomic import replacing_file
+from xlora_jax.atomic import check_writable
 from xlora_jax.training.checksums import checksums
 from xlora_jax.training.step import TrainState
 
@@ -53,11 +53,7 @@ class Checkpoints:
         """
         self.directory = Path(os.path.abspath(directory))
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            probe = self.directory / f".writable-{uuid.uuid4().hex}"
-            with replacing_file(probe, durable=False) as file:
-                file.write(b"?")
-            probe.unlink()
+            check_writable(self.directory)
         except OSError as error:
             raise CheckpointError(f"{self.directory}: no checkpoints can be written here ({error})") from error
         options = ocp.CheckpointManagerOptions(

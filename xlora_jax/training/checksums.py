@@ -1,75 +1,99 @@
-"""Checksums of arrays that do not depend on how the arrays are sharded.
+"""Checksums of arrays, computed where the arrays are: they do not depend on how an array is cut into shards.
 
-A checksum is a sum over elements, modulo 2**64: each element's bits times an odd number that depends on its position.
-So each process sums its own shards, and the sums of all processes add up. One changed element always changes it, since
-odd numbers have inverses modulo 2**64; any other change goes unnoticed with a probability of about 2**-64.
+A checksum consists of two sums over the elements, modulo 2**32, of the element's bits mixed with its place. For a given
+place the mixing is one to one, so one changed element always changes both sums; any other change goes unnoticed with a
+probability of about 2**-64. Integer sums are exact in any order, so every mesh gives the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-__all__ = ["checksums"]
-
-_CHUNK = 2**20
+__all__ = ["checksums", "partial_checksums"]
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Compute the checksum of each array, 16 hexadecimal digits; every process gets those of the whole arrays.
+    """Compute the checksum of each array's bits, 16 hexadecimal digits; every process gets those of the whole arrays.
 
     Args:
         arrays: by name, the same on every process; sharded in any way.
     """
-    sums = np.array([_local(array) for array in arrays.values()], np.uint64)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        # Halves, because JAX has no 64-bit integers by default.
-        halves = np.stack([sums >> np.uint64(32), sums & np.uint64(0xFFFFFFFF)]).astype(np.uint32)
-        gathered = np.asarray(multihost_utils.process_allgather(halves)).astype(np.uint64)
-        sums = ((gathered[:, 0] << np.uint64(32)) + gathered[:, 1]).sum(axis=0, dtype=np.uint64)
-    return {name: f"{int(value):016x}" for name, value in zip(arrays, sums, strict=True)}
+    sums = {name: _start(array, (), False) for name, array in arrays.items()}
+    return {name: _digits(np.asarray(pair)) for name, pair in sums.items()}
 
 
-def _local(array: jax.Array) -> int:
-    """The sum over this process's shards, each part of the array once."""
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    return sum(_sum(np.asarray(shard.data), shard.index, array.shape) for shard in shards) % 2**64
+def partial_checksums(arrays: Mapping[str, tuple[jax.Array, tuple[int, ...]]]) -> dict[str, NDArray[np.uint64]]:
+    """Compute checksums of parts of arrays: of values, so that bfloat16 and the same numbers in float32 give the same.
+
+    Args:
+        arrays: by name, an array and the axes that are not summed over. Places count within a part only.
+
+    Returns:
+        By name, an array of the shape of the axes kept.
+    """
+    sums = {name: _start(array, kept, True) for name, (array, kept) in arrays.items()}
+    pairs = {name: np.asarray(pair).astype(np.uint64) for name, pair in sums.items()}
+    return {name: (pair[0] << np.uint64(32)) + pair[1] for name, pair in pairs.items()}
 
 
-def _sum(values: NDArray[Any], index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
-    """The sum over a part of an array of ``shape`` that is at ``index`` in it."""
-    starts = [int(part.start or 0) for part in index]
-    strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-    words = _words(values)
-    total = 0
-    for begin in range(0, len(words), _CHUNK):
-        part = words[begin : begin + _CHUNK]
-        flat = np.arange(begin, begin + len(part))
-        places = np.unravel_index(flat, values.shape) if values.ndim else ()
-        position = np.zeros(len(part), np.uint64)
-        for place, start, stride in zip(places, starts, strides, strict=True):
-            position += ((place + start) * stride).astype(np.uint64)
-        total += int((part * _odd(position)).sum(dtype=np.uint64))
-    return total % 2**64
+def _digits(pair: NDArray[np.uint32]) -> str:
+    return f"{int(pair[0]):08x}{int(pair[1]):08x}"
 
 
-def _words(values: NDArray[Any]) -> NDArray[np.uint64]:
-    """The bits of each element as an integer, plus one: a zero counts too."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    if flat.dtype == np.bool_:
-        flat = flat.view(np.uint8)
-    return flat.view(f"u{flat.dtype.itemsize}").astype(np.uint64) + np.uint64(1)
+def _start(array: Any, kept: tuple[int, ...], as_values: bool) -> jax.Array:
+    """Begin to sum; the result, the same on every process, is waited for where it is read."""
+    sharding = getattr(array, "sharding", None)
+    whole = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
+    pair: jax.Array = _compiled(kept, as_values, whole)(array)
+    return pair
 
 
-def _odd(position: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A well-mixed odd number for each position (the finalizer of splitmix64)."""
-    mixed = (position + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
+@cache
+def _compiled(kept: tuple[int, ...], as_values: bool, whole: NamedSharding | None) -> Any:
+    return jax.jit(partial(_sums, kept=kept, as_values=as_values), out_shardings=whole)
+
+
+def _sums(array: jax.Array, kept: tuple[int, ...], as_values: bool) -> jax.Array:
+    """Both sums, uint32 ``[2, *kept]``."""
+    kept = tuple(axis % array.ndim for axis in kept)
+    bits = _bits(array, as_values)
+    summed = [axis for axis in range(bits.ndim) if axis not in kept]
+    place, stride = jnp.zeros((1,) * bits.ndim, jnp.uint32), 1
+    for axis in reversed(summed):
+        shape = [size if number == axis else 1 for number, size in enumerate(bits.shape)]
+        place += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    first = _mixed(place + jnp.uint32(1))
+    second = _mixed(~first)
+    terms = (_mixed(bits ^ first), _mixed(bits + second))
+    return jnp.stack([term.sum(summed, dtype=jnp.uint32) for term in terms])
+
+
+def _bits(array: jax.Array, as_values: bool) -> jax.Array:
+    if as_values and jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4:
+        array = array.astype(jnp.float32)
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint32)
+    if array.dtype.itemsize == 8:
+        wide: jax.Array = lax.bitcast_convert_type(array, jnp.uint32)  # a last axis of two
+        return wide
+    bits: jax.Array = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    return bits.astype(jnp.uint32)
+
+
+def _mixed(number: jax.Array) -> jax.Array:
+    """Mix the bits of each number, one to one (the finalizer of MurmurHash3)."""
+    mixed: jax.Array = (number ^ (number >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    mixed ^= mixed >> 16
+    return mixed

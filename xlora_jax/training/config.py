@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import optax
 
 from xlora_jax.training.optimizers import make_optimizer, make_schedule
 from xlora_jax.training.regularizers import Regularizers
+
+_KINDS: dict[str, Any] = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class TrainConfig:
         fsdp: likewise.
         tensor: likewise.
         tensorboard: also write TensorBoard's files.
+        allow_changed: go on with a run although its inputs or settings are not the ones that it began with, with a
+            warning that names them.
     """
 
     steps: int = 1000
@@ -88,12 +93,29 @@ class TrainConfig:
     fsdp: int = 1
     tensor: int = 1
     tensorboard: bool = True
+    allow_changed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what can't work."""
-        for name in ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "max_bad_steps"):
+        """Validate the fields.
+
+        Raises:
+            TypeError: a field of another type.
+            ValueError: a value that can't work.
+        """
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            expected = _KINDS[kind.removesuffix(" | None")]
+            if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
+                raise TypeError(f"{field.name}: expected {kind}, got {value!r:.100} ({type(value).__name__})")
+        positive = ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "max_bad_steps", "keep_checkpoints")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.scaling_cache not in ("off", "memory", "disk"):
             raise ValueError(f"scaling_cache: expected off, memory or disk, got {self.scaling_cache!r}")
 
@@ -118,7 +140,7 @@ class TrainConfig:
             max_grad_norm=self.max_grad_norm,
         )
 
-    # What may change between a run and its resumption without changing what it computes.
+    # Settings that may differ on resume: they do not change what is computed, but for last bits on another mesh.
     _FREE = (
         "eval_every",
         "checkpoint_every",
@@ -134,8 +156,19 @@ class TrainConfig:
         "fsdp",
         "tensor",
         "tensorboard",
+        "allow_changed",
+    )
+    # Without effect where the caller brings an optimizer.
+    _OF_OPTIMIZER = (
+        *("steps", "optimizer", "learning_rate", "schedule", "warmup", "weight_decay"),
+        *("b1", "b2", "eps", "max_grad_norm"),
     )
 
-    def fixed(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the run it resumes."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self._FREE}
+    def fixed(self, *, own_optimizer: bool = False) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the run it resumes.
+
+        Args:
+            own_optimizer: leave out those of the optimizer, because the caller brings one.
+        """
+        free = self._FREE + (self._OF_OPTIMIZER if own_optimizer else ())
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

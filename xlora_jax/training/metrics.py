@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from xlora_jax.atomic import open_to_append, replace_text
+from xlora_jax.atomic import open_to_append, replacing_file
 
 __all__ = ["MetricsWriter", "peak_memory"]
 
@@ -46,6 +47,12 @@ class MetricsWriter:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
+    def flush(self) -> None:
+        """Flush what was written to disk, so that not even a power cut loses it."""
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
     def __enter__(self) -> MetricsWriter:
         """Return itself."""
         return self
@@ -67,7 +74,7 @@ def _keep_until(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode("utf-8"))
             at = entry["step"]
             if type(at) is not int:
                 raise TypeError(f"step is {at!r:.40}")
@@ -79,8 +86,9 @@ def _keep_until(path: Path, step: int) -> None:
                 f"or remove the line, or give another output directory"
             ) from error
         if at <= step:
-            kept.append(line.decode("utf-8") + "\n")
-    replace_text(path, "".join(kept))
+            kept.append(line + b"\n")
+    with replacing_file(path) as file:
+        file.writelines(kept)
 
 
 def peak_memory() -> dict[str, float]:

@@ -78,6 +78,19 @@ class RunLog:
         if self.on_metrics is not None:
             self.on_metrics(step, kind, values)
 
+    def get_state(self) -> dict[str, Any]:
+        """Return the losses since the last entry, as JSON values."""
+        return {"losses": self._losses}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go to where :meth:`get_state` was taken, so that the next entry averages over all its steps."""
+        self._losses = [float(loss) for loss in state["losses"]]
+
+    def flush(self) -> None:
+        """Flush the files of the metrics to disk."""
+        if self.writer is not None:
+            self.writer.flush()
+
     def summary(self) -> dict[str, float]:
         """Return rates over the whole run."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)

@@ -6,6 +6,7 @@ The step is :func:`xlora_jax.training.step.make_train_step`; everything here hap
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from xlora_jax.training.checkpoints import CheckpointError, Checkpoints
 from xlora_jax.training.config import TrainConfig
 from xlora_jax.training.data import Loader, Rows
 from xlora_jax.training.evaluation import evaluate
+from xlora_jax.training.fingerprint import differences, read_fingerprint, run_fingerprint, versions_differ
 from xlora_jax.training.metrics import MetricsWriter
 from xlora_jax.training.preemption import Preemption
 from xlora_jax.training.run_lock import run_lock
@@ -89,7 +91,8 @@ def train(
     """Train the classifier of a model, and its experts with ``use_trainable_adapters``.
 
     With an ``output`` the run can be resumed: the same call goes on from its latest checkpoint, bit for bit on the same
-    devices. SIGTERM saves a checkpoint and returns.
+    devices (on another mesh sums are taken in another order, so last bits differ). A call with other rows, parameters
+    or settings is refused, unless ``config.allow_changed``. SIGTERM saves a checkpoint and returns.
 
     Args:
         model: where training starts.
@@ -109,7 +112,8 @@ def train(
         NonFiniteError: ``max_bad_steps`` steps in a row were not finite; the last batch lies in ``output``.
         CheckpointError: a checkpoint can't be written or read.
         RunLockedError: another process is training into ``output``.
-        ValueError: settings that do not go together, or a token that the base model has no row for.
+        ValueError: settings that do not go together, a token that the base model has no row for, or other inputs than
+            those of the run in ``output``.
     """
     trainer = Trainer(
         model,
@@ -156,6 +160,7 @@ class Trainer:
             gate_dtype=None if config.gate_dtype is None else jnp.dtype(config.gate_dtype),
         )
         self.cache = self._open_cache() if config.scaling_cache != "off" else None
+        self.rows = rows
         self.loader = Loader(
             rows,
             config.batch_size,
@@ -206,10 +211,15 @@ class Trainer:
             directory = str(self.output / "scaling_cache")
         return ScalingCache(fingerprint(self.xlora, self.model.params), self.config.scaling_cache_dtype, directory)
 
-    def run(self, *, show_progress: bool = False) -> TrainResult:
-        """Take the steps that are left, from the latest checkpoint on if there is one."""
+    def run(self, *, show_progress: bool = False, locked: bool = False) -> TrainResult:
+        """Take the steps that are left, from the latest checkpoint on if there is one.
+
+        Args:
+            show_progress: a bar with loss, tokens per second and the share of time in data.
+            locked: the caller holds the :func:`~xlora_jax.training.run_lock.run_lock` of the output directory.
+        """
         with ExitStack() as stack:
-            if self.output is not None and jax.process_index() == 0:
+            if self.output is not None and jax.process_index() == 0 and not locked:
                 stack.enter_context(run_lock(self.output))
             started = 0 if self.output is None else self._resume(self.output, stack)
             progress = stack.enter_context(progress_bar(self.config.steps, started, show_progress))
@@ -220,13 +230,23 @@ class Trainer:
     def _resume(self, output: Path, stack: ExitStack) -> int:
         """Open the run's files, restore the latest checkpoint, and return the number of its step."""
         self.checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", keep=self.config.keep_checkpoints))
-        _save_settings(output, self.config, self.checkpoints.latest, own_optimizer=self.own_optimizer)
+        model = self.model
+        inputs = run_fingerprint(self.xlora, model.params, model.expert_names, self.rows)
+        _settle(output, self.config, inputs, self.checkpoints.latest, own_optimizer=self.own_optimizer)
         found = self.checkpoints.restore(self.state)
         started = 0
         if found is not None:
             self.state, data = found
-            self.loader.set_state(data["loader"])
             started = int(self.state.step)
+            try:
+                self.loader.set_state(data["loader"])
+                self.log.set_state(data["log"])
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{output / 'checkpoints' / str(started)}: expected where the data and the log stand, got "
+                    f"{data!r:.200} ({type(error).__name__}: {error}); remove this checkpoint to go on from the one "
+                    f"before"
+                ) from error
         if jax.process_index() == 0:
             writer = MetricsWriter(output, resumed_at=started, tensorboard=self.config.tensorboard)
             self.log.writer = stack.enter_context(writer)
@@ -255,7 +275,11 @@ class Trainer:
             if (config.eval_every and number % config.eval_every == 0) or number == config.steps:
                 self._evaluate(number)
             due = config.checkpoint_every and number % config.checkpoint_every == 0
-            if number < config.steps and (due or stopping):
+            if self.checkpoints is not None and number < config.steps and (due or stopping):
+                # The step's own entry first: a kill after the checkpoint is complete must not lose it.
+                progress(number, self.log.step(number, metrics, tokens))
+                self._check_finite(number, previous[0], previous[2])
+                previous = None
                 self._save(number)
             if stopping:
                 break
@@ -287,7 +311,8 @@ class Trainer:
 
     def _save(self, number: int) -> None:
         if self.checkpoints is not None:
-            self.checkpoints.save(self.state, {"loader": self.loader.get_state()})
+            self.log.flush()
+            self.checkpoints.save(self.state, {"loader": self.loader.get_state(), "log": self.log.get_state()})
             self._saved = number
 
     def _evaluate(self, number: int) -> None:
@@ -342,20 +367,55 @@ def _read_settings(path: Path) -> TrainConfig:
         ) from error
 
 
-def _save_settings(output: Path, config: TrainConfig, latest: int | None, *, own_optimizer: bool) -> None:
-    """Write ``train_config.json``; where checkpoints are already, they must be of the same settings."""
-    path = output / "train_config.json"
-    if latest is not None and path.exists():
-        was = _read_settings(path).fixed()
-        now = config.fixed()
-        differ = [f"{name}: {was[name]!r} there, {now[name]!r} now" for name in now if now[name] != was[name]]
-        if differ and not own_optimizer:
+_MOST_NAMED = 10
+
+
+def _settle(
+    output: Path, config: TrainConfig, inputs: Mapping[str, Any], latest: int | None, *, own_optimizer: bool
+) -> None:
+    """Hold a run's settings and inputs against those of the checkpoints that are there, then write them down.
+
+    Raises:
+        ValueError: others, unless ``config.allow_changed``; the message names what differs.
+        CheckpointError: they can't be written.
+    """
+    settings, fingerprint = output / "train_config.json", output / "fingerprint.json"
+    if latest is not None:
+        differ, unknown = [], []
+        if settings.exists():
+            was = _read_settings(settings).fixed(own_optimizer=own_optimizer)
+            now = config.fixed(own_optimizer=own_optimizer)
+            differ += [f"{name}: {was[name]!r} there, {now[name]!r} now" for name in now if now[name] != was[name]]
+        else:
+            unknown.append("settings")
+        if fingerprint.exists():
+            stored = read_fingerprint(fingerprint)
+            differ += differences(stored, inputs)
+            if versions := versions_differ(stored, inputs):
+                _warn(f"{output} holds a run of other versions ({', '.join(versions)}): results may differ")
+        else:
+            unknown.append("inputs")
+        if len(differ) > _MOST_NAMED:
+            differ[_MOST_NAMED:] = [f"and {len(differ) - _MOST_NAMED} more"]
+        if differ and not config.allow_changed:
             raise ValueError(
-                f"{output} holds a run with other settings ({'; '.join(differ)}): give the same ones to go on with it, "
-                f"or another output directory"
+                f"{output} holds a run with other settings or inputs ({'; '.join(differ)}): give the same ones to go "
+                f"on with it, or another output directory; allow_changed (--allow-changed) goes on all the same"
+            )
+        if differ:
+            _warn(f"{output}: the run goes on with other settings or inputs, as allowed ({'; '.join(differ)})")
+        if unknown:
+            _warn(
+                f"{output} holds checkpoints, but no record of the {' and '.join(unknown)} that they came from: see "
+                f"to it that they are the same"
             )
     if jax.process_index() == 0:
         try:
-            replace_json(path, dataclasses.asdict(config))
+            replace_json(fingerprint, inputs)
+            replace_json(settings, dataclasses.asdict(dataclasses.replace(config, allow_changed=False)))
         except OSError as error:
-            raise CheckpointError(f"{path}: the settings can't be written ({error})") from error
+            raise CheckpointError(f"{output}: settings and inputs can't be written down ({error})") from error
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=5)

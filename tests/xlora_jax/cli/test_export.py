@@ -83,7 +83,7 @@ def test_refusals_write_nothing(checkpoint, base, experts, tmp_path):
     llama = base("llama")
     result = export((checkpoint[0], experts(llama, "unequal")), llama, tmp_path / "out", "--layout", "mistralrs")
     assert result.exit_code == 1
-    assert result.stderr.startswith("refused: ")
+    assert result.stderr.startswith("xlora-jax export: error: ")
     result = run(
         ["export", "--base", str(llama), "--checkpoint", str(checkpoint[0]), "--output", "x", "--adapter", "m"]
     )

@@ -268,6 +268,23 @@ def test_sigkill_at_a_random_moment_then_resume_is_bit_exact(tmp_path, undisturb
 
 
 @pytest.mark.slow
+def test_sigkill_right_after_a_checkpoint_loses_no_entry_of_the_metrics(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    for step in (8, 20):
+        process = start(output, 0.01)
+        while not (output / "checkpoints" / str(step)).is_dir():
+            assert process.poll() is None, process.communicate()[0][-3000:]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        latest = max(int(entry.name) for entry in (output / "checkpoints").iterdir() if entry.name.isdigit())
+        assert latest >= step
+        assert logged(output)[:latest] == list(range(1, latest + 1))
+    finish(start(output))
+    assert logged(output) == list(range(1, 41))
+    assert all(np.array_equal(value, undisturbed[name]) for name, value in learnt(output).items())
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tmp_path, undisturbed):
     output = tmp_path / "run"
     process = start(output, 0.05)

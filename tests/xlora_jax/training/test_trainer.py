@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -112,3 +113,14 @@ def test_a_bad_step_now_and_then_does_not_stop_the_run():
     assert result.finished
     assert int(result.state.skipped) == 3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.trainable))
+
+
+def test_a_resumed_run_has_the_entries_of_the_undisturbed_run(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=6, log_every=3, checkpoint_every=2, keep_checkpoints=3)
+    undisturbed = losses(train(handle(), ROWS, config, output=tmp_path))
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    # From step 2 on: the entry of step 3 is about the first two steps too.
+    assert losses(train(handle(), ROWS, config, output=tmp_path)) == undisturbed
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["loss"]) for entry in entries] == list(zip((3, 6), undisturbed, strict=True))
