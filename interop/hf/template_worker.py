@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+__all__ = ["CHARACTERS", "MEMORY", "limit_memory", "main", "render"]
+
 # Far more than any chat, far less than any machine has.
 MEMORY = 512 << 20
 CHARACTERS = 16 << 20

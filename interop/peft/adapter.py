@@ -28,6 +28,18 @@ from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import resolve, weights_file
 from interop.storage.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
 
+__all__ = [
+    "WEIGHTS_STEM",
+    "Kind",
+    "LoraAdapter",
+    "LoraLayer",
+    "adapter_config",
+    "adapter_tensors",
+    "load_lora",
+    "save_lora",
+    "write_lora",
+]
+
 Kind = Literal["linear", "embedding", "conv"]
 
 WEIGHTS_STEM = "adapter_model"

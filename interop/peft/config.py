@@ -16,6 +16,8 @@ from interop.peft.formats import format_of_config
 from interop.peft.patterns import first_match
 from interop.storage.errors import FormatError, brief
 
+__all__ = ["ADAPTER_CONFIG_FILE", "HEADS", "PLAIN", "TASKS", "AdapterSettings", "read_settings"]
+
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 

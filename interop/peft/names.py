@@ -11,6 +11,8 @@ from interop.peft.adapter import LoraAdapter, LoraLayer
 from interop.peft.formats import format_of_keys
 from interop.storage.errors import FormatError, listed
 
+__all__ = ["match_module", "renamed"]
+
 # Names that a causal model, a multimodal one and a bare decoder put in front of the same module.
 _WRAPPERS = ("base_model", "model", "language_model", "text_model", "transformer", "module")
 

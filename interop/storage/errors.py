@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+__all__ = ["FormatError", "brief", "listed"]
+
 _MOST = 4000
 
 

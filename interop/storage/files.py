@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from interop.storage.errors import FormatError, brief
 from xlora_jax.atomic import replace_json
 
+__all__ = ["file_in", "parse_json", "read_json", "write_json"]
+
 # Larger than any real one (an index of 100,000 tensors has 10 MB), small enough to be parsed in about a second.
 _MAX_JSON_BYTES = 32 * 2**20
 

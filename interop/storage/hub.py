@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from interop.storage.errors import FormatError, brief
 
+__all__ = ["is_hub_id", "resolve", "weights_file"]
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 

@@ -22,6 +22,19 @@ from interop.storage.files import file_in, parse_json, read_json
 from interop.storage.pickles import check_claims
 from xlora_jax.atomic import replacing_file
 
+__all__ = [
+    "LazyTensor",
+    "from_torch",
+    "open_file",
+    "open_pickle",
+    "open_safetensors",
+    "open_tensors",
+    "read_finite",
+    "require_finite",
+    "to_torch",
+    "write_safetensors",
+]
+
 # safetensors' names of the element types, https://github.com/huggingface/safetensors#format
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
