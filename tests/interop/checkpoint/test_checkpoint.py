@@ -980,7 +980,7 @@ def test_models_through_the_other_layouts(llama, experts, tmp_path, layout, dtyp
 
 SAVER = """
     import os, signal, sys, time
-    from interop.checkpoint.read import write_xlora
+    from interop.checkpoint.write import write_xlora
     from tests.helpers.small_checkpoints import small_model
 
     for delay in map(float, sys.argv[3:]):
