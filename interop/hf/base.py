@@ -31,7 +31,19 @@ from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["BaseOrigin", "Placer", "UnreadLeaf", "blank_head", "head_tensors", "load_base", "open_base", "save_base"]
+__all__ = [
+    "BaseOrigin",
+    "Placer",
+    "UnreadLeaf",
+    "blank_head",
+    "head_tensors",
+    "leave_in_memory",
+    "load_base",
+    "open_base",
+    "put_on_default_device",
+    "read_params",
+    "save_base",
+]
 
 Placer = Callable[[TreePath, NDArray[Any]], jax.Array]
 

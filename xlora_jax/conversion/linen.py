@@ -39,7 +39,18 @@ from xlora_jax.model import XLoraModel
 from xlora_jax.models import DecoderOutput
 from xlora_jax.trees import Path, flatten, unflatten
 
-__all__ = ["PLANS", "ForeignModule", "FoundLayer", "Lora", "convert", "find_layers", "put_together"]
+__all__ = [
+    "PLANS",
+    "Axes",
+    "ForeignModule",
+    "FoundLayer",
+    "Lora",
+    "Plan",
+    "convert",
+    "find_layers",
+    "intercepted",
+    "put_together",
+]
 
 _OURS = (XLoraDense, XLoraEmbed, XLoraConv, XLoraTiedHead)
 
@@ -228,10 +239,12 @@ class Axes:
     features: int
 
     def flatten(self, outputs: jax.Array) -> jax.Array:
+        """Return ``outputs`` as ``[..., F]``, with the feature axes last and flattened."""
         moved = jnp.transpose(outputs, self.order)
         return moved.reshape(*moved.shape[: outputs.ndim - self.features], -1)
 
     def restore(self, mixed: jax.Array, like: jax.Array) -> jax.Array:
+        """Return ``mixed [..., F]`` in the shape of ``like``; the inverse of :meth:`flatten`."""
         moved = mixed.reshape([like.shape[axis] for axis in self.order])
         return jnp.transpose(moved, np.argsort(self.order).tolist())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["StopStrings", "TextStream"]
+__all__ = ["Decode", "StopStrings", "TextStream"]
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["AdaptedLayers", "Slot"]
+__all__ = ["ABSENT", "AdaptedLayers", "Slot"]
 
 ABSENT = -1
 
