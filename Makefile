@@ -15,8 +15,8 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LOWEST_PYTHON ?= $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 NEWEST_PYTHON ?= $(shell sed -n 's/.*Language :: Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | tail -n 1)
 
-# Most of the time of a small test goes into compiling: without optimisation that takes half as long. (The programs are
-# XLA's own all the same; only their translation to machine code is plainer.) `make test XLA_FLAGS=` optimises.
+# Most of the time of a small test goes into compiling: without optimization that takes half as long. (XLA compiles
+# the same programs; only their translation to machine code is simpler.) `make test XLA_FLAGS=` optimizes.
 XLA_FLAGS ?= --xla_backend_optimization_level=0
 
 # One thread for each test process: several processes that each start a thread for every core slow one another down.

@@ -1,17 +1,17 @@
-"""What the compiler makes of decoding and training for an accelerator that is not there: memory and copies.
+"""Memory and copies of decoding and training, compiled for an accelerator that the machine does not have.
 
     pip install 'jax[tpu]'                                # libtpu compiles without a TPU
     JAX_PLATFORMS=cpu python benchmarks/compile_ahead.py --tpu v6e:2x4 --mesh 1,8,1 --batch 8
     pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12    # of jax's version
     JAX_PLATFORMS=cpu python benchmarks/compile_ahead.py --gpu h100_sxm.txtpb --batch 4 --attention cudnn
 
-The GPU is described by a file of XLA's, `xla/backends/gpu/target_config/specs/`; fields that the installed version does
-not know have to be deleted from it. Nothing runs, so there are no times here; what shows is
+XLA's directory `xla/backends/gpu/target_config/specs/` has a file for each GPU; fields that the installed version does
+not know must be deleted from it. Nothing runs, so there are no times. The output has
 
-- temporaries: what the program needs in the device's memory beside arguments and results. More than a few activations
-  in a decoding step means that weights or caches are copied;
-- written, on GPUs: bytes of all results of one step of decoding (the loop's body), updates in place not counted. What
-  must be written is a few activations; weights or caches among them are copied for every token.
+- temporaries: memory of the program besides arguments and results. More than a few activations in a decoding step mean
+  that weights or caches are copied.
+- written (GPUs only): bytes of all results of one decoding step (the loop's body), without updates in place. A step has
+  to write a few activations. More bytes mean that weights or caches are copied for every token.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MODES: dict[str, Mode] = {
 
 
 def abstract_model(shape: str) -> XLoraModel:
-    """A model of that shape in bfloat16, with shapes in place of parameters and blocks side by side."""
+    """Return a model in bfloat16, with shapes in place of parameters, and one set of arrays per block."""
     made: list[XLoraModel] = []
 
     def make() -> Any:
@@ -68,13 +68,13 @@ def abstract_model(shape: str) -> XLoraModel:
 
 
 def stacked(model: XLoraModel) -> XLoraModel:
-    """The same with its blocks under ``nn.scan``."""
+    """Return the model with its blocks under ``nn.scan``."""
     group = model.module.config.groups[0].name
     count = model.module.config.num_layers
 
     def stack(tree: Any) -> dict[str, Any]:
         rest = {name: part for name, part in tree.items() if not name.startswith("layers_")}
-        # All blocks of these models are alike.
+        # All blocks of these models have the same shapes.
         whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), tree["layers_0"])
         return {**rest, group: whole}
 
@@ -91,7 +91,7 @@ def stacked(model: XLoraModel) -> XLoraModel:
 
 
 def written(text: str) -> int:
-    """Bytes that the largest loop body of an optimised HLO module writes, updates in place left out."""
+    """Return the bytes that the largest loop body of an optimized HLO module writes, without updates in place."""
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     found = [0]
     for head, lines in re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S):
@@ -131,7 +131,7 @@ def show(name: str, lowered: Any, *, loop: bool = False) -> None:
 
 
 def placed(tree: Any, shardings: Any) -> Any:
-    """Shapes with their shardings: a tree of these, or one for all."""
+    """Return shapes with shardings; ``shardings`` is a tree, or one sharding for all leaves."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
@@ -166,7 +166,7 @@ def show_decoding(model: XLoraModel, device: Any, batch: int, context: int) -> N
 
 
 def show_training(model: XLoraModel, devices: Any, options: argparse.Namespace) -> None:
-    """Compile a training step under every policy of rematerialisation."""
+    """Compile a training step under every rematerialization policy."""
     data, fsdp, tensor = map(int, options.mesh.split(","))
     mesh = make_mesh(data, fsdp, tensor, devices=devices[: data * fsdp * tensor])
     optimizer = optax.adamw(1e-3)
@@ -207,7 +207,7 @@ def main() -> None:
     print(
         f"{options.shape}, bfloat16; for {devices[0].device_kind}; jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
     )
-    # Products choose their form by the backend, which here is the target's.
+    # The form of matrix products depends on the backend, so set it to the target's.
     with compile_for("tpu" if options.tpu else "gpu"):
         model = abstract_model(options.shape)
         for batch in (1, 8):

@@ -1,11 +1,11 @@
-"""Generation: ours against PEFT's and transformers', in one run, one after the other again and again.
+"""Generation time of this library, PEFT and transformers, measured in turns in one run.
 
     python benchmarks/generate.py                          # the CPU table: 12-layer Llama of width 576
     python benchmarks/generate.py --new 256 --repeats 5
     python benchmarks/generate.py --shape mistral-7b --dtype bfloat16 --no-torch --batch 1 --batch 8     # on a GPU
 
-Weights are random, so the acceptance of drafts says nothing here; `generate_trained.py` has it from a trained gate.
-A time is that of the whole call, prompt included, and never the first, which compiles; the table has medians.
+Weights are random, so the acceptance of drafts has no meaning here; `generate_trained.py` measures it on a trained
+gate. The table has medians of whole calls, prompt included. The first call, which compiles, is not counted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, tuple[str, ...], int, int]
 
 
 def random_model(shape: str, dtype: Any, seed: int = 0) -> XLoraModel:
-    """An X-LoRA model of that shape with random weights, blocks side by side."""
+    """Return an X-LoRA model with random weights and one set of arrays per block."""
     vocab, width, inner, blocks, heads, kv_heads, targets, experts, rank = SHAPES[shape]
     config = DecoderConfig(
         vocab_size=vocab,
@@ -92,7 +92,7 @@ def random_model(shape: str, dtype: Any, seed: int = 0) -> XLoraModel:
 
 
 def peft_model(model: XLoraModel, directory: Path) -> tuple[Any, Any]:
-    """A transformers model and a PEFT X-LoRA of the same shapes, with random weights of their own."""
+    """Return a transformers model and a PEFT X-LoRA model of the same shapes, with other random weights."""
     import peft
     import transformers
 
@@ -130,7 +130,7 @@ def peft_model(model: XLoraModel, directory: Path) -> tuple[Any, Any]:
 
 
 def bandwidth() -> float:
-    """Bytes per second at which the device reads memory: the best of several sums over an array of 1 GiB or so."""
+    """Return the device's memory bandwidth in bytes per second: the best of several sums over about 1 GiB."""
     size = 2**28 if jax.default_backend() != "cpu" else 2**26
     array = jnp.ones(size, jnp.float32)
     total = jax.jit(jnp.sum)
@@ -169,7 +169,7 @@ def main() -> None:
             theirs = peft_model(model, Path(directory))
 
     rate = bandwidth()
-    # The table of embeddings is looked up, not read.
+    # A step reads only one row of the embedding table.
     head = {name: part for name, part in model.params["base"].items() if name != "embed_tokens"}
     base_bytes, expert_bytes = (sum(x.nbytes for x in jax.tree.leaves(t)) for t in (head, model.params["experts"]))
     machine = f"{os.cpu_count()} cores {platform.machine()}, {jax.devices()[0].device_kind}"
@@ -196,7 +196,7 @@ def main() -> None:
 def _ways(
     model: XLoraModel, alone: BaseModel, theirs: tuple[Any, Any] | None, ids: Any, new: int
 ) -> dict[str, Callable[[], Any]]:
-    """What is compared: a name, and a call that makes ``new`` tokens."""
+    """Return the calls to compare, by name; each makes ``new`` tokens."""
     ways: dict[str, Callable[[], Any]] = {
         "ours, base": lambda: alone.generate(ids, max_new_tokens=new),
         "ours, X-LoRA, plain": lambda: model.generate(ids, max_new_tokens=new, draft=False),

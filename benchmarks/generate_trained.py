@@ -1,11 +1,12 @@
-"""Drafting on a trained gate: how many drafts are right, and what a token costs beside the base model's.
+"""Drafting on a trained gate: the share of drafts that are right, and the cost of a token relative to the base model.
 
     python benchmarks/generate_trained.py BASE CHECKPOINT --prompts FILE [--new 128] [--repeats 5]
 
-Three drafts are compared on the same texts: the adapted model with the gates of the token before; guesses from the text
-itself; and the base model's own next token, which the scaling pass could give (not built: its acceptance is computed
-from the finished texts). Reads are those of the weights per token: 1 is the base model, 2 plain decoding. "auto" is the
-default, which takes what is likely to be fastest. Prompts stand one a line, as JSON strings.
+Three kinds of drafts are compared on the same texts: the adapted model with the gates of the previous token; guesses
+from the text itself; and the base model's own next token, which the scaling pass could give (not implemented: its
+acceptance is computed from the finished texts). Reads are reads of the weights per token: 1 for the base model, 2 for
+plain decoding. "auto" is the default, which chooses the way that is likely to be fastest. The prompt file has one JSON
+string per line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gate trained here and the gate trained by PEFT, on the quickstart's data: the same start, order and settings.
+"""Quality of a gate trained here and one trained by PEFT, on the quickstart's data, with the same start and settings.
 
     python benchmarks/quality.py                 # PEFT against this library, one setting
     python benchmarks/quality.py --table         # held-out loss by setting, this library alone
@@ -44,7 +44,7 @@ TABLE: dict[str, dict[str, Any]] = {
 
 
 def orders(tables: list[np.ndarray], steps: int, batch: int) -> Iterator[np.ndarray]:
-    """The batches of every run, int32 [batch, tokens]: the domains in equal shares."""
+    """Yield the batches of every run, int32 [batch, tokens], with the domains in equal shares."""
     random = np.random.default_rng(2)
     for _ in range(steps):
         chosen = random.permutation(np.arange(batch) % len(tables))
@@ -52,7 +52,7 @@ def orders(tables: list[np.ndarray], steps: int, batch: int) -> Iterator[np.ndar
 
 
 def config_for(assets: Any, base: BaseModel, **settings: Any) -> XLoraConfig:
-    """A config without dropout: PEFT's masks can't be drawn again here."""
+    """Return a config without dropout, because PEFT's masks can't be reproduced here."""
     return XLoraConfig(
         hidden_size=base.module.config.hidden_size,
         adapters={name: str(path) for name, path in assets.adapters.items()},
@@ -61,7 +61,7 @@ def config_for(assets: Any, base: BaseModel, **settings: Any) -> XLoraConfig:
 
 
 def train_here(model: XLoraModel, batches: Iterator[np.ndarray]) -> tuple[dict[str, Any], Any]:
-    """Train the gate of a model; returns what has been learnt, and what has not."""
+    """Train the gate of a model; return the trained and the frozen parameters."""
     optimizer = optax.adamw(RATE, weight_decay=0.0)
     state, frozen = init_train_state(model.params, model.config, optimizer)
     step = make_train_step(model.xlora, optimizer)
@@ -71,7 +71,7 @@ def train_here(model: XLoraModel, batches: Iterator[np.ndarray]) -> tuple[dict[s
 
 
 def held_out(model: XLoraModel, trainable: Any, frozen: Any, assets: Any, rows: int) -> dict[str, float]:
-    """Held-out loss of each domain, and their mean."""
+    """Return the held-out loss of each domain, and their mean."""
     step = make_eval_step(model.xlora)
     losses = {}
     for name, table in assets.held_out.items():
@@ -80,7 +80,7 @@ def held_out(model: XLoraModel, trainable: Any, frozen: Any, assets: Any, rows: 
 
 
 def against_peft(assets: Any, base: BaseModel, arguments: argparse.Namespace) -> None:
-    """Train both from PEFT's random start on the same batches, and evaluate both here."""
+    """Train both gates from PEFT's random start on the same batches, and evaluate both here."""
     import torch
     import transformers
     from peft import XLoraConfig as PeftConfig
@@ -97,7 +97,7 @@ def against_peft(assets: Any, base: BaseModel, arguments: argparse.Namespace) ->
     numbered = {str(i): path for i, path in enumerate(config.adapters.values())}
     fields = {"hidden_size": config.hidden_size, "xlora_size": 256, "xlora_dropout_p": 0.0, **settings}
     theirs: Any = get_peft_model(hf, PeftConfig(task_type="CAUSAL_LM", adapters=numbered, **fields)).train()
-    # PEFT seeds the experts' dropout like any other; these adapters have none.
+    # In training mode PEFT applies the experts' dropout too; these adapters have none.
     gate = theirs.base_model.internal_xlora_classifier
     start = classifier_from_torch(gate)
     tables = list(assets.train.values())
@@ -122,7 +122,7 @@ def against_peft(assets: Any, base: BaseModel, arguments: argparse.Namespace) ->
 
 
 def largest(results: Mapping[str, Mapping[str, float]]) -> float:
-    """Largest relative difference of a domain's loss between the two."""
+    """Return the largest relative difference of a domain's loss between the two results."""
     ours, theirs = results["trained here"], results["trained by PEFT"]
     return max(abs(ours[name] / theirs[name] - 1) for name in ours)
 

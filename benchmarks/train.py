@@ -1,16 +1,15 @@
-"""Training step against PEFT on this machine: time, tokens per second, memory.
+"""Training step of this library and of PEFT on this machine: time, tokens per second, memory.
 
     python benchmarks/train.py                        # 12 layers, width 576, 8 and 32 experts, float32
     python benchmarks/train.py --threads 1 --clock cpu
     python benchmarks/train.py --shape 7b             # a GPU: bfloat16, sequence 2048, 9 experts, best batch of each
 
-Every measurement has a process of its own. Both sides read the same base and adapter files (`--shape 7b`: random
-weights of the same shape), take the same batches, and their first losses are compared.
+Every measurement runs in its own process. Both sides read the same base and adapter files (`--shape 7b`: random weights
+of the same shape) and take the same batches, and their first losses are compared.
 
-Model FLOP utilisation counts what a gate's training step needs and nothing that is computed twice: per token
-2 x parameters for the scaling pass, for the real pass and for its gradient with respect to activations, and
-4 x the experts' parameters. Recomputation under gradient checkpointing and PEFT's experts in the scaling pass don't
-count.
+Model FLOP utilization counts only the operations that a gate's training step needs. Per token these are 2 x parameters
+each for the scaling pass, the real pass and the gradient with respect to activations, and 4 x the experts' parameters.
+Recomputation under gradient checkpointing, and PEFT's experts in the scaling pass, don't count.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Shape:
-    """A base model and a batch; width, heads and so on as in a Llama config."""
+    """A base model and a batch, with width, heads and other sizes as in a Llama config."""
 
     layers: int
     width: int
@@ -49,13 +48,13 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Weights of the blocks that a token passes through."""
+        """Return the number of weights in the blocks that a token passes through."""
         kv = self.width // self.heads * self.kv_heads
         return self.layers * (2 * self.width**2 + 2 * self.width * kv + 3 * self.width * self.intermediate)
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of one expert."""
+        """Return the number of weights of one expert."""
         kv = self.width // self.heads * self.kv_heads
         attention = 4 * self.width + 2 * (self.width + kv)
         return self.layers * RANK * (attention + 3 * (self.width + self.intermediate))
@@ -70,7 +69,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
 
 
 def prepare(shape: Shape, directory: Path) -> None:
-    """Writes the base (its config alone if it is large) and one adapter, with PEFT."""
+    """Write the base (only its config if it is large) and one adapter, with PEFT."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -106,19 +105,19 @@ def prepare(shape: Shape, directory: Path) -> None:
 
 
 def tokens_of(shape: Shape, batch: int) -> Any:
-    """The batch of every step, int32 [batch, tokens]."""
+    """Return the batch of every step, int32 [batch, tokens]."""
     import numpy as np
 
     return np.random.default_rng(0).integers(1, shape.vocab, (batch, shape.tokens)).astype(np.int32)
 
 
 def clock(name: str) -> float:
-    """Seconds of the clock of that name."""
+    """Return the seconds of the named clock."""
     return time.process_time() if name == "cpu" else time.perf_counter()
 
 
 def measure(step: Callable[[], float], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times ``step``, which returns its loss."""
+    """Measure the time of ``step``, which returns its loss."""
     first = step()
     step()
     times = []
@@ -136,7 +135,7 @@ def measure(step: Callable[[], float], arguments: argparse.Namespace) -> dict[st
 
 
 def peft_side(shape: Shape, directory: Path, experts: int, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """PEFT's X-LoRA under torch's AdamW."""
+    """Measure PEFT's X-LoRA with torch's AdamW."""
     import warnings
 
     import torch
@@ -188,10 +187,10 @@ def peft_side(shape: Shape, directory: Path, experts: int, batch: int, arguments
 def our_side(
     shape: Shape, directory: Path, experts: int, batch: int, arguments: argparse.Namespace, *, cached: bool
 ) -> dict[str, Any]:
-    """This library under optax's AdamW; ``cached`` with the scaling pass kept."""
+    """Measure this library with optax's AdamW; ``cached`` keeps the scaling pass."""
     import dataclasses
 
-    # This library needs no torch, but transformers loads it where it finds it, which is 200 MB of this process.
+    # This library needs no torch, but transformers imports it if it is installed, which takes 200 MB.
     sys.modules["torch"] = None  # type: ignore[assignment]
 
     import jax
@@ -253,7 +252,7 @@ def our_side(
 
 
 def run(side: str, shape: str, directory: Path, experts: int, batch: int, arguments: argparse.Namespace) -> Any:
-    """Measures in a process of its own; None where it does not fit."""
+    """Measure in a separate process; return None if it runs out of memory."""
     environment = dict(os.environ)
     if arguments.threads:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"):
@@ -273,7 +272,7 @@ def run(side: str, shape: str, directory: Path, experts: int, batch: int, argume
 
 
 def best(side: str, name: str, directory: Path, experts: int, arguments: argparse.Namespace) -> tuple[int, Any]:
-    """The given batch, or the one with most tokens per second among powers of two up to what fits."""
+    """Measure the given batch, or return the power of two that fits with the most tokens per second."""
     shape = SHAPES[name]
     if shape.batch:
         return shape.batch, run(side, name, directory, experts, shape.batch, arguments)
@@ -290,7 +289,7 @@ def best(side: str, name: str, directory: Path, experts: int, arguments: argpars
 
 
 def report(name: str, experts: int, side: str, batch: int, found: Any, reference: Any) -> None:
-    """Prints one line."""
+    """Print one line."""
     shape = SHAPES[name]
     if found is None:
         print(f"{experts:3d} experts  {side:12s} does not fit")
@@ -320,7 +319,7 @@ def report(name: str, experts: int, side: str, batch: int, found: Any, reference
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--steps", type=int, default=10)

@@ -1,8 +1,8 @@
 """X-LoRA on a Flax model that knows nothing of this library.
 
-`GPT` below is plain Flax Linen: a scanned, rematerialised decoder of `nn.Embed`, `nn.DenseGeneral` and `nn.Dense`. The
-one line that X-LoRA asks for is the `variable_axes` of its `nn.scan`, so that the experts' arrays reach the blocks.
-Two experts learn a rule each, then the gate learns from mixed text which of them each token needs.
+`GPT` below is plain Flax Linen: a scanned, rematerialized decoder of `nn.Embed`, `nn.DenseGeneral` and `nn.Dense`. The
+one line that X-LoRA needs is `variable_axes` of its `nn.scan`, so that the experts' arrays reach the blocks. Two
+experts learn one rule each. Then the gate learns, from mixed text, which expert each token needs.
 
     python examples/foreign_model.py
 """
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        """Map the residual stream `[B, T, D]`; the form is that of `nn.scan`."""
+        """Map the residual stream `[B, T, D]`; the signature is that of `nn.scan`."""
         width = x.shape[-1]
         y = nn.LayerNorm(name="attention_norm")(x)
         head = (self.heads, width // self.heads)
@@ -63,7 +63,7 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Return logits."""
+        """Return logits `[B, T, V]`."""
         positions = nn.Embed(self.length, self.width, name="positions")(jnp.arange(tokens.shape[1]))
         x = nn.Embed(self.vocab, self.width, name="tokens")(tokens) + positions
         scanned = nn.scan(
@@ -82,7 +82,7 @@ RULES = {"tripled": (3, 1), "reversed": (-1, 5)}
 
 
 def text(domain: str, batch: int, seed: int) -> np.ndarray:
-    """Rows of the domain's rule from random starts: int32 [B, T]."""
+    """Return rows that follow the domain's rule from random starts: int32 [B, T]."""
     factor, shift = RULES[domain]
     rows = [np.random.default_rng(seed).integers(0, VOCAB, batch)]
     for _ in range(LENGTH - 1):
@@ -91,13 +91,13 @@ def text(domain: str, batch: int, seed: int) -> np.ndarray:
 
 
 def batch_of(domain: str, step: int) -> dict[str, jax.Array]:
-    """A training batch."""
+    """Return a training batch."""
     tokens = jnp.asarray(text(domain, 32, seed=step))
     return {"input_ids": tokens, "labels": tokens}
 
 
 def new_experts(module: GPT, params: Any, rank: int = 4) -> dict[str, dict[str, Lora]]:
-    """An untrained expert for each domain, on every layer that has a row for each example."""
+    """Return an untrained expert for each domain, on every layer that has a row for each example."""
     random = np.random.default_rng(0)
     layers = find_layers(module, params, jnp.zeros((1, LENGTH), jnp.int32))
     del layers["positions"]
@@ -112,7 +112,7 @@ def new_experts(module: GPT, params: Any, rank: int = 4) -> dict[str, dict[str, 
 
 
 def train_expert(model: XLoraModel, number: int, domain: str, steps: int) -> XLoraModel:
-    """Train one expert alone, with its gate held at one."""
+    """Train one expert alone, with its gate fixed at one."""
     optimizer = optax.adam(1e-2)
     one = jax.nn.one_hot(number, len(RULES))
 
@@ -124,7 +124,7 @@ def train_expert(model: XLoraModel, number: int, domain: str, steps: int) -> XLo
     @jax.jit
     def step(experts: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
         grads = jax.grad(loss_of)(experts, batch)
-        # The columns say whose they are; they do not learn.
+        # `columns` assigns columns to experts; it is not trained.
         grads = jax.tree_util.tree_map_with_path(
             lambda path, grad: jnp.zeros_like(grad) if path[-1].key == "columns" else grad, grads
         )
@@ -139,13 +139,13 @@ def train_expert(model: XLoraModel, number: int, domain: str, steps: int) -> XLo
 
 
 def next_token_loss(out: XLoraOutput, labels: jax.Array) -> jax.Array:
-    """The objective, from the output of both passes."""
+    """Return the objective, from the output of both passes."""
     assert out.logits is not None
     return causal_lm_loss(out.logits, labels)
 
 
 def loss_on(model: XLoraModel, domain: str, scalings: Any = None) -> float:
-    """Loss on rows that were not trained on, in nats."""
+    """Return the loss on rows that were not trained on, in nats."""
     tokens = text(domain, 64, seed=10_000)
     out = model(tokens, scalings=scalings)
     assert out.logits is not None
@@ -153,7 +153,7 @@ def loss_on(model: XLoraModel, domain: str, scalings: Any = None) -> float:
 
 
 def main(expert_steps: int = 150, gate_steps: int = 400) -> dict[str, dict[str, float]]:
-    """Build, train, and print each domain's loss with every expert alone and with the gate."""
+    """Build and train the model, and print each domain's loss with every expert alone and with the gate."""
     module = GPT()
     example = jnp.zeros((1, LENGTH), jnp.int32)
     params = module.init(jax.random.key(0), example)["params"]

@@ -18,13 +18,13 @@ def main() -> None:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata = nbformat.from_dict({})
-    # In this directory, so that the models of the quickstart are used again.
+    # Cells run in this directory, so that they find the quickstart's models.
     place = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=place, coalesce_streams=True)
     client.execute()
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({})  # times of execution
-        if cell.cell_type == "code":  # warnings of libraries name places on this machine: shown here, not kept
+        cell.metadata = nbformat.from_dict({})  # remove execution times
+        if cell.cell_type == "code":  # libraries' warnings name local paths: print them, don't keep them
             for output in cell.outputs:
                 if output.get("name") == "stderr":
                     print(output.text)

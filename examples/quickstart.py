@@ -2,10 +2,10 @@
 
     python examples/quickstart.py      (or: make demo)
 
-Four LoRA adapters, made by PEFT, each know one kind of text. A small classifier learns which of them every token needs.
+Four LoRA adapters, made by PEFT, each know one kind of text. A small classifier learns which adapter each token needs.
 Then held-out losses are compared, and PEFT loads the export and must give the same logits.
 
-quickstart_assets.py makes the base model and the adapters once and keeps them. They take the place of yours.
+quickstart_assets.py makes the base model and the adapters once and keeps them. They stand in for your own.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def train_gate(model: XLoraModel, rows: Iterator[np.ndarray], steps: int, console: Console) -> XLoraModel:
-    """Train the classifier on mixed text; base and experts stay as they are."""
+    """Train the classifier on mixed text; base and experts are frozen."""
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
     state, frozen = init_train_state(model.params, model.config, optimizer)
     step = make_train_step(model.xlora, optimizer)
@@ -133,7 +133,7 @@ def train_gate(model: XLoraModel, rows: Iterator[np.ndarray], steps: int, consol
 
 
 def held_out_losses(model: XLoraModel, held_out: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Variant -> domain -> loss: the base, each expert alone, all of them at 1/n, and the trained gate."""
+    """Return variant -> domain -> loss: the base, each expert alone, all experts at 1/n, and the trained gate."""
     n = len(model.expert_names)
     constant = {f"expert {name}": one_hot for name, one_hot in zip(model.expert_names, np.eye(n), strict=True)}
     variants = {"base": None, **constant, "uniform mix": np.full(n, 1 / n), "X-LoRA": None}
@@ -149,7 +149,7 @@ def held_out_losses(model: XLoraModel, held_out: dict[str, np.ndarray]) -> dict[
 
 
 def loss_table(losses: dict[str, dict[str, float]]) -> Table:
-    """The losses, a row for each variant, the domain's own expert underlined."""
+    """Return a table of losses with a row for each variant; the domain's own expert is underlined."""
     table = Table("", *(f"[{COLORS[domain]}]{domain}" for domain in DOMAINS))
     for variant, row in losses.items():
         cells = [Text(f"{row[domain]:.3f}", "underline" if variant == f"expert {domain}" else "") for domain in DOMAINS]
@@ -161,13 +161,13 @@ def loss_table(losses: dict[str, dict[str, float]]) -> Table:
 
 
 def gates(model: XLoraModel, tokens: jax.typing.ArrayLike, mask: np.ndarray | None = None) -> np.ndarray:
-    """Gates of each token, float [B, T, N], averaged over the adapted layers."""
+    """Return the gates of each token, float [B, T, N], averaged over the adapted layers."""
     scalings: np.ndarray = np.asarray(model(tokens, attention_mask=mask).scalings).mean(axis=2)
     return scalings
 
 
 def written_text(model: XLoraModel, tokenizer: PreTrainedTokenizerFast) -> Table:
-    """One continuation for each domain, generated as one batch padded on the left."""
+    """Return one continuation for each domain, generated as one batch padded on the left."""
     prompts = tokenizer(list(PROMPTS.values()), padding=True, return_tensors="np")
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     tokens = model.generate(ids, mask, max_new_tokens=64, do_sample=True, temperature=0.4)
@@ -186,7 +186,7 @@ def written_text(model: XLoraModel, tokenizer: PreTrainedTokenizerFast) -> Table
 
 
 def difference_in_peft(model: XLoraModel, base: Path, exported: Path, rows: np.ndarray) -> float:
-    """||ours - theirs|| / ||theirs|| of the logits, theirs being PEFT's for the exported directory."""
+    """Return ||ours - theirs|| / ||theirs|| of the logits, where theirs are PEFT's for the exported directory."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -207,7 +207,7 @@ def verdict(losses: dict[str, dict[str, float]], difference: float) -> list[str]
             "the uniform mix": losses["uniform mix"][domain],
             "its own expert + 5%": 1.05 * losses[f"expert {domain}"][domain],
         }
-        # "not below" and not "above": a loss that is no number fails too.
+        # Test `not ours < m` and not `ours >= m`, so that NaN fails too.
         failures += [f"{domain}: {ours:.3f} is not below {what}, {m:.3f}" for what, m in limits.items() if not ours < m]
     if not difference <= 1e-5:
         failures.append(f"logits in PEFT differ by {difference:.1e}, more than 1e-5")

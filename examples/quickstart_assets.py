@@ -1,11 +1,11 @@
 """The models and texts of quickstart.py, made on this machine in about a minute and kept in a directory.
 
-    texts     four domains, from the standard library and its data or generated; train and held-out parts
-    tokenizer a byte-level BPE trained on them, in HF's files
-    base      a small Llama trained lightly on the mix, in HF's files
+    texts     four domains, from the standard library and its data, or generated; train and held-out parts
+    tokenizer byte-level BPE trained on the texts, in HF's format
+    base      small Llama trained briefly on the mix, in HF's format
     experts   one LoRA per domain, trained and saved by PEFT, each with its own rank and target modules
 
-None of it is about X-LoRA: with a base model and adapters of your own you need nothing of this file.
+Nothing here is about X-LoRA. With your own base model and adapters you don't need this file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """Settings of one expert's LoRA. They differ on purpose: X-LoRA asks for no common rank or target."""
+    """Settings of one expert's LoRA. They differ on purpose: X-LoRA needs no common rank or target."""
 
     rank: int
     alpha: int
@@ -69,13 +69,13 @@ ADAPTERS = {
 
 WIDTH, INNER, LAYERS = 96, 256, 3
 BATCH, RATE = 8, 1e-2
-# QUICKSTART_STEPS=2,2 makes models that have learned next to nothing, for tests.
+# QUICKSTART_STEPS=2,2 makes almost untrained models, for tests.
 BASE_STEPS, EXPERT_STEPS = map(int, os.environ.get("QUICKSTART_STEPS", "180,130").split(","))
 
 
 @dataclass(frozen=True)
 class Assets:
-    """Where the pieces lie, and the rows of tokens. Rows are int32 [rows, ROW]."""
+    """Paths of the models, and rows of tokens, int32 [rows, ROW]."""
 
     base: Path
     adapters: dict[str, str]
@@ -84,7 +84,7 @@ class Assets:
 
 
 def prepare(directory: Path, console: Console) -> Assets:
-    """Make the models and texts in `directory` unless this version of the file has made them; read their places."""
+    """Make models and texts in `directory`, unless this version of the file has made them, and return them."""
     recipe = f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {BASE_STEPS} {EXPERT_STEPS}"
     stamp = directory / "recipe.txt"
     if not stamp.exists() or stamp.read_text() != recipe:
@@ -109,7 +109,7 @@ def _rows(directory: Path, part: str) -> dict[str, np.ndarray]:
 
 
 def _library_files(limit: int = 250) -> list[Path]:
-    """Modules of the standard library, in an order that mixes packages but is the same at every run."""
+    """Return modules of the standard library, in an order that mixes packages but is the same in every run."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
     files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
@@ -121,7 +121,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def _split_module(source: str) -> tuple[str, list[str]]:
-    """One module as code without docstrings and comments, and its docstrings."""
+    """Return a module's code without docstrings and comments, and its docstrings."""
     tree = ast.parse(source)
     docstrings = []
     for node in ast.walk(tree):
@@ -132,7 +132,7 @@ def _split_module(source: str) -> tuple[str, list[str]]:
 
 
 def _prose(text: str) -> Iterator[str]:
-    """The paragraphs of `text` that are sentences (no code, tables or signatures), each on one line."""
+    """Yield the paragraphs of `text` that are sentences (no code, tables or signatures), each on one line."""
     for paragraph in re.split(r"\n\s*\n", text):
         line = " ".join(paragraph.split()).replace("``", "").replace("**", "")
         letters = sum(character.isalpha() or character in " ,.'" for character in line)
@@ -141,7 +141,7 @@ def _prose(text: str) -> Iterator[str]:
 
 
 def _sum_with_carries(rng: random.Random) -> str:
-    """One addition, worked digit by digit from the right; the third summand is what was carried."""
+    """Return one addition, worked digit by digit from the right; the third summand is the carry."""
     a, b = (rng.randrange(1000, 10000) for _ in range(2))
     lines, carry = [f"{a}+{b}"], 0
     for i in range(4):
@@ -152,7 +152,7 @@ def _sum_with_carries(rng: random.Random) -> str:
 
 
 def _character_record(character: str) -> str:
-    """What Python knows of one Unicode character, as a line of JSON."""
+    """Return the properties of one Unicode character, as a line of JSON."""
     record = {
         "name": unicodedata.name(character),
         "category": unicodedata.category(character),
@@ -164,7 +164,7 @@ def _character_record(character: str) -> str:
 
 
 def _documents() -> Iterator[tuple[str, str, bool]]:
-    """(domain, text, held out?). What is held out shares no module, sum or character with what is trained on."""
+    """Yield (domain, text, whether held out). Held-out and training texts share no module, sum or character."""
     for number, path in enumerate(_library_files()):
         try:
             code, docstrings = _split_module(path.read_text(encoding="utf-8"))
@@ -234,7 +234,7 @@ def _make_rows(directory: Path) -> None:
 
 
 def batches(tables: list[np.ndarray], size: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches int32 [size, ROW] in equal shares of the `tables`; in every other row the text changes midway."""
+    """Yield endless batches int32 [size, ROW], in equal shares of `tables`; every other row changes its text midway."""
     rng = np.random.default_rng(seed)
 
     def rows() -> np.ndarray:
@@ -247,13 +247,13 @@ def batches(tables: list[np.ndarray], size: int, seed: int) -> Iterator[np.ndarr
 
 
 def quiet() -> None:
-    """Silence what third parties say to each other: progress bars beside ours, and a name that PEFT still uses."""
+    """Silence other libraries: their progress bars, and a warning of a deprecated name that PEFT uses."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar whose tasks have a field `loss`."""
+    """Return a progress bar whose tasks have a field `loss`."""
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -268,7 +268,7 @@ def _fit(model: torch.nn.Module, tables: list[np.ndarray], steps: int, report: C
     """Train the parameters that require a gradient for `steps` batches; call `report(step, loss)` after each."""
     import torch
 
-    # Threads of OpenMP wait by spinning: beside other busy processes two of them are slower than one.
+    # OpenMP's threads wait by spinning: while other processes are busy, two threads are slower than one.
     torch.set_num_threads(1)
     learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = [parameter for name, parameter in learned.items() if parameter.ndim == 2 and "embed" not in name]
@@ -292,10 +292,11 @@ def _fit(model: torch.nn.Module, tables: list[np.ndarray], steps: int, report: C
 
 
 def _muon_step(matrices: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor], rate: float) -> None:
-    """One step of Muon: the momentum with its singular values brought close to 1. It needs half of Adam's steps.
+    """Make one step of Muon, whose update is the momentum with singular values close to 1.
 
-    `torch.optim.Muon` computes in bfloat16, matrix by matrix. On CPUs without bfloat16 units that takes twice as long
-    as the model itself. Here: float32, all matrices of one shape at once.
+    It needs half as many steps as Adam. `torch.optim.Muon` computes in bfloat16, matrix by matrix. On CPUs without
+    bfloat16 units that takes twice as long as the model itself. Here all matrices of one shape are updated at once, in
+    float32.
     """
     import torch
 
@@ -315,7 +316,7 @@ def _muon_step(matrices: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]
                 gram = update @ update.mT
                 update = 3.4445 * update + (-4.775 * gram + 2.0315 * gram @ gram) @ update
             update = update if rows <= columns else update.mT
-            scale = 0.2 * max(rows, columns) ** 0.5  # the size of an AdamW update
+            scale = 0.2 * max(rows, columns) ** 0.5  # gives the update the size of AdamW's
             for i, direction in zip(members, update, strict=True):
                 matrices[i].mul_(1 - 0.01 * rate).sub_(direction, alpha=rate * scale)
 
@@ -374,7 +375,7 @@ def _print_step(domain: str, step: int, loss: float) -> None:
 
 
 def _make_experts_in_parallel(directory: Path, progress: Progress) -> None:
-    """Train the experts in parallel: one process for each core, each runs this file."""
+    """Train the experts in parallel: one process for each core; each process runs this file."""
     workers = min(len(DOMAINS), os.cpu_count() or 1)
     tasks = {
         domain: progress.add_task(f"expert, {domain}, r={adapter.rank}", total=EXPERT_STEPS, loss=float("nan"))

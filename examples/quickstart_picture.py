@@ -1,4 +1,4 @@
-"""The picture of quickstart.py: which expert each token uses, and the losses."""
+"""The picture of quickstart.py: the expert that each token uses, and the losses."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def draw(
     """Write the picture.
 
     Args:
-        path: file of the PNG.
-        tokens: pieces of a text, T of them.
-        gates: array [T, N], the gate of each token for each expert.
+        path: path of the PNG file.
+        tokens: T pieces of a text.
+        gates: array [T, N], gate of each token for each expert.
         shares: mean gates, domain -> expert -> gate.
-        losses: losses, variant -> domain -> loss; "base", "uniform mix", "X-LoRA" and "expert <domain>" are needed.
+        losses: losses, variant -> domain -> loss; "base", "uniform mix", "X-LoRA" and "expert <domain>" are required.
         colors: colors, domain -> color, in the order of the experts.
     """
     plt.rcParams.update({"font.size": 12, "text.color": _INK, "axes.labelcolor": _INK, "font.family": "DejaVu Sans"})
@@ -62,11 +62,11 @@ def draw(
 
 
 def _text(axes: Axes, tokens: Sequence[str], gates: np.ndarray, colors: Sequence[str]) -> None:
-    """The text in a grid of characters, each token on the colors of its experts, mixed by its gates."""
+    """Draw the text as a grid of characters, each token on the colors of its experts, mixed by its gates."""
     palette = np.array([to_rgb(color) for color in colors])
     row = column = 0
     for token, gate in zip(tokens, gates, strict=True):
-        # An undecided token is pale, a decided one strong.
+        # Concentrated gates give a strong color, even gates a pale one.
         strength = 0.1 + 0.5 * (gate.max() * len(gate) - 1) / (len(gate) - 1)
         color = (*(gate @ palette), strength)
         for piece in re.findall(r"\n|[^\n]+", token):
@@ -85,7 +85,7 @@ def _text(axes: Axes, tokens: Sequence[str], gates: np.ndarray, colors: Sequence
 
 
 def _shares(axes: Axes, shares: Losses, colors: Mapping[str, str]) -> None:
-    """A bar for each domain, divided among the experts."""
+    """Draw a bar for each domain, divided among the experts."""
     axes.set_title("How much each expert is used", loc="left", weight="bold", fontsize=13.5, pad=28)
     axes.text(0, 1.04, "mean gate on held-out text of each domain", color=_SOFT, transform=axes.transAxes)
     for place, row in enumerate(shares.values()):
@@ -105,7 +105,7 @@ def _shares(axes: Axes, shares: Losses, colors: Mapping[str, str]) -> None:
 
 
 def _losses(axes: Axes, losses: Losses, domains: Sequence[str]) -> None:
-    """How far base, uniform mix and X-LoRA are from each domain's own expert."""
+    """Draw the loss of base, uniform mix and X-LoRA relative to each domain's own expert."""
     axes.set_title("Held-out loss against the domain's own expert", loc="left", weight="bold", fontsize=13.5, pad=28)
     axes.axvspan(-1, 0.05, color="#dafbe1", linewidth=0)
     axes.text(0.049, len(domains) - 0.55, "within 5%", color="#1a7f37", fontsize=11, ha="right")
@@ -123,7 +123,7 @@ def _losses(axes: Axes, losses: Losses, domains: Sequence[str]) -> None:
         axes.scatter(excess[variant], range(len(domains)), label=variant, zorder=3, **style)
     values = [value for row in excess.values() for value in row]
     axes.set_yticks(range(len(domains)), domains)
-    # Linear up to 5%, logarithmic beyond: the differences of the domains vary in size.
+    # The scale is linear up to 5% and logarithmic beyond, because the differences vary in size.
     axes.set_xscale("symlog", linthresh=0.05, linscale=0.5)
     axes.set_xticks([0, 0.05, 0.1, 0.2, 0.5, 1], ["0", "+5%", "+10%", "+20%", "+50%", "+100%"])
     axes.xaxis.set_minor_locator(NullLocator())

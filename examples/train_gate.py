@@ -19,7 +19,7 @@ parser.add_argument("--output", type=Path, default=Path("gate"))
 parser.add_argument("--steps", type=int, default=100)
 arguments = parser.parse_args()
 
-# Rows of tokens: several documents share one, and see themselves only.
+# Rows of tokens: several documents share a row, and each attends to itself only.
 rows = lay_out(encode_records(read_records(arguments.text), load_codec(arguments.base)), length=128)
 loader = Loader(rows, batch_size=8, seed=0)
 

@@ -1,6 +1,6 @@
-"""Files and formats of others: Hugging Face base checkpoints, PEFT LoRA adapters, X-LoRA checkpoints.
+"""Reading and writing the files of other programs: Hugging Face models, PEFT LoRA adapters, X-LoRA checkpoints.
 
-torch is optional here: it is needed for `.bin` pickles and for handing over a live `torch.nn.Module` only.
+torch is optional: only `.bin` pickles and live `torch.nn.Module` objects need it.
 """
 
 from interop.checkpoint.classifier import classifier_from_torch, classifier_to_torch

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters side by side: from one adapter per expert to one stacked array per layer, and back.
+"""Stacking of PEFT LoRA adapters: from one adapter per expert to stacked arrays per layer, and back.
 
 Axes: D input, F output, N experts, R stacked ranks of a layer, L stacked blocks.
 """
@@ -31,10 +31,11 @@ _KERNELS = ("kernel", "embedding")
 
 
 def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[LoraAdapter, ...]:
-    """Check adapters against a base model, and name their layers as the base does.
+    """Check adapters against a base model, and return them with the base's module names.
 
     Raises:
-        FormatError: an adapter has a layer that the base has not, or of another shape, or its own weights of the base.
+        FormatError: an adapter has a layer that the base lacks, a layer of another shape, or changed weights of the
+            base.
     """
     origin: BaseOrigin = base.origin
     module = cast(Transformer, base.module)
@@ -73,7 +74,7 @@ def _check_side(adapter: LoraAdapter, origin: BaseOrigin) -> None:
 
 
 def _check_saved(adapter: LoraAdapter, base: BaseModel) -> None:
-    """Refuse an adapter whose file lacks a module that PEFT trained whole, and that the base has."""
+    """Raise FormatError if the base has a module that the adapter says it saved whole, and its file lacks it."""
     has = [placed.hf for placed in base.origin.family.modules(cast(Transformer, base.module))]
     for name in adapter.not_saved:
         if found := [hf for hf in has if hf.endswith(name)]:
@@ -89,16 +90,16 @@ def stack_experts(
     """Stack adapters into the ``experts`` collection of a base model.
 
     Args:
-        adapters: one per expert, in the order of the classifier's outputs, as :func:`fit_adapters` gives them.
-        base: what they adapt.
-        dtype: of ``lora_a`` and ``lora_b``. The columns' scales are float32.
-        place: see :func:`interop.load_base`.
+        adapters: one adapter per expert, from :func:`fit_adapters`, in the order of the classifier's outputs.
+        base: base model.
+        dtype: dtype of ``lora_a`` and ``lora_b``. The scales in ``columns`` are float32.
+        place: function that puts an array on devices; see :func:`interop.load_base`.
 
     Returns:
-        The collection, and the layers numbered as PEFT does.
+        The collection, and the adapted layers with PEFT's numbers.
 
     Raises:
-        FormatError: there is no adapted layer at all.
+        FormatError: no layer is adapted.
     """
     origin: BaseOrigin = base.origin
     module = cast(Transformer, base.module)
@@ -124,13 +125,13 @@ def stack_experts(
 def unstack_experts(
     experts: Mapping[str, Any], layers: AdaptedLayers, adapters: Sequence[LoraAdapter]
 ) -> list[LoraAdapter]:
-    """Take the experts apart again; the inverse of :func:`stack_experts`.
+    """Split the ``experts`` collection into adapters; the inverse of :func:`stack_experts`.
 
     Args:
-        experts: the collection, trained or not.
-        layers: its numbering.
-        adapters: what was loaded: they tell which expert has which rank where. A tensor that did not change comes back
-            in the dtype in which it was stored, so bit for bit.
+        experts: ``experts`` collection, trained or not.
+        layers: adapted layers of the collection.
+        adapters: adapters as loaded, which give each expert's rank at each layer. An unchanged tensor is returned bit
+            for bit, in its stored dtype.
 
     Returns:
         The adapters with the arrays of ``experts``.
@@ -169,7 +170,7 @@ def unstack_experts(
 
 
 def _as_stored(array: NDArray[Any], stored: NDArray[Any]) -> NDArray[Any]:
-    """Return the stored array where ``array`` is what loading it gave, else ``array``."""
+    """Return ``stored`` if ``array`` is equal to it in its own dtype, else ``array``."""
     return stored if np.array_equal(stored.astype(array.dtype), array) else np.ascontiguousarray(array)
 
 
@@ -188,9 +189,9 @@ def _check_layer(
 
 
 def _check_own_weight(adapter: LoraAdapter, tensor: LazyTensor, place: Placed, part: str, base: BaseModel) -> None:
-    """Refuse an adapter that brings other weights of a module than the base has."""
+    """Raise FormatError if the adapter's own weights of a base module differ from the base's."""
     own, stored = _weight(base, place, part), tensor.read()
-    # Whichever of the two dtypes is the coarser one may have rounded.
+    # Compare in both dtypes: the coarser one may have rounded.
     same = stored.shape == own.shape and (
         np.array_equal(stored.astype(own.dtype), own) or np.array_equal(own.astype(stored.dtype), stored)
     )
@@ -211,7 +212,7 @@ def _weight(base: BaseModel, place: Placed, part: str) -> NDArray[Any]:
     own = leaves.get((*place.path, "embedding"))
     if own is None:
         kernel = leaves.get((*place.path, "kernel"))
-        # A tied head borrows the embedding table.
+        # The kernel of a tied head is the embedding table.
         own = leaves[("embed_tokens", "embedding")] if kernel is None else kernel
         if kernel is not None and LEAVES[place.kind]["kernel"][1]:
             own = np.swapaxes(np.asarray(own), -1, -2)
@@ -220,7 +221,7 @@ def _weight(base: BaseModel, place: Placed, part: str) -> NDArray[Any]:
 
 
 def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
-    """Kernel shape of every layer that can be adapted, by its place; for an embedding [V, D]."""
+    """Return the kernel shape of every layer that can be adapted, by path; for an embedding [V, D]."""
     module = cast(Transformer, base.module)
     leaves = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items() if path[-1] in _KERNELS}
     # A tied head has no kernel of its own.

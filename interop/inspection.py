@@ -1,4 +1,4 @@
-"""What a directory is: base model, LoRA adapter, X-LoRA checkpoint, or neither; what is in it, and what is refused."""
+"""Inspection of a directory: base model, LoRA adapter or X-LoRA checkpoint, its contents, and reasons for refusal."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ __all__ = ["Inspection", "inspect_path"]
 
 @dataclass
 class Inspection:
-    """What was found out about a path, up to the point where it is refused.
+    """Findings about a path, up to the first reason for refusal.
 
     Attributes:
-        path: as given.
+        path: path or hub id as given.
         kind: "base model", "LoRA adapter", "X-LoRA checkpoint", or "unknown".
-        facts: what is in it, in words, by topic.
-        notes: what loading it would warn of.
-        refused: why it would not be loaded; empty if it would be.
+        facts: descriptions of the contents, by topic.
+        notes: warnings that loading would give.
+        refused: reasons why loading would fail; empty if it would not.
     """
 
     path: str
@@ -53,13 +53,13 @@ class Inspection:
 
 
 def inspect_path(dir_or_id: str | os.PathLike[str], base: str | None = None) -> Inspection:
-    """Finds out what a directory or hub id is, and whether it would be loaded.
+    """Return the kind and contents of a directory or hub id, and whether it would be loaded.
 
     Of a base model only config.json and the headers of its weights are read; adapters and classifiers are read whole.
 
     Args:
-        dir_or_id: a directory, a hub id, or the weights' file of an expert in mistral.rs's layout.
-        base: directory or hub id of a base model, to hold adapters and checkpoints against.
+        dir_or_id: directory, hub id, or weights file of an expert in mistral.rs's layout.
+        base: directory or hub id of a base model, to check adapters and checkpoints against.
     """
     found = Inspection(os.fspath(dir_or_id))
     with warnings.catch_warnings(record=True) as caught:
@@ -127,7 +127,7 @@ def _look_at_base(found: Inspection) -> None:
         tensors = open_tensors(model.origin.directory).values()
         found.facts["dtype"] = _listed(str(tensor.dtype) for tensor in tensors)
         found.facts["files"] = _listed(tensor.file.name for tensor in tensors)
-    except FileNotFoundError:  # of a hub id: a directory without weights is refused above
+    except FileNotFoundError:  # a hub id; a directory without weights is refused above
         found.facts["dtype"] = f"{model.origin.config.get('dtype')}, by config.json; the weights are not downloaded"
     widths = {topic: getattr(config, name, None) for topic, name in _WIDTHS.items()}
     found.facts["sizes"] = ", ".join(f"{topic} {size}" for topic, size in widths.items() if size is not None)
@@ -189,7 +189,7 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def _targets(paths: Iterable[str]) -> str:
-    """Kinds of modules and the blocks that they are in: `q_proj, v_proj in layers 0-31; lm_head`."""
+    """Return kinds of modules and their blocks: `q_proj, v_proj in layers 0-31; lm_head`."""
     blocks: dict[str, list[int]] = {}
     for path in paths:
         block = _BLOCK.search(path)
@@ -203,7 +203,7 @@ def _targets(paths: Iterable[str]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers with runs drawn together: `0-3, 7`."""
+    """Return sorted numbers with runs as ranges: `0-3, 7`."""
     if not numbers:
         return ""
     breaks = [i + 1 for i, (a, b) in enumerate(pairwise(numbers)) if b != a + 1]

@@ -1,4 +1,4 @@
-"""X-LoRA models from files and back: base, experts and classifier put together."""
+"""Loading and saving X-LoRA models: base, experts and classifier."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ __all__ = ["XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora"
 
 @dataclass(frozen=True)
 class XLoraOrigin:
-    """Where an X-LoRA model came from.
+    """Record of the files that an X-LoRA model came from.
 
     Attributes:
-        base: the base model's origin.
-        adapters: the adapters as loaded, in the order of the experts.
-        extras: fields beside the 13 of X-LoRA in the checkpoint that was loaded, such as ``task_type``.
+        base: origin of the base model.
+        adapters: adapters as loaded, in the order of the experts.
+        extras: fields of the loaded checkpoint beyond the 13 of X-LoRA, such as ``task_type``.
     """
 
     base: Any
@@ -61,31 +61,32 @@ def load_xlora(
     place: Placer | None = None,
     **hub_options: Any,
 ) -> XLoraModel:
-    """Put a base model, its experts and a classifier together.
+    """Load an X-LoRA model: a base model, its experts, and a classifier, new or trained.
 
     Args:
-        base: HF model directory or hub id, or a base model loaded before.
-        adapters: expert name -> PEFT LoRA directory or hub id, in the order of the classifier's outputs. None takes
-            those of ``config`` or of ``checkpoint``. With a checkpoint, they replace its paths, in the same order.
-        config: settings of a new classifier. None means the defaults of PEFT. Not with ``checkpoint``.
-        checkpoint: directory or hub id of a trained X-LoRA, in PEFT's layout or the original one.
-        dtype: of the base model and the classifier; None takes the one in the base's config.json.
-        expert_dtype: of the experts, and of their products: float32 is PEFT's; bfloat16 is faster, and accumulates in
-            float32.
-        seed: of a new classifier.
-        head: name of the expert whose classification head the model gets, where experts bring heads that differ (PEFT
-            saves them for SEQ_CLS and TOKEN_CLS). None takes the checkpoint's, else the one that all who bring one
-            bring, else the base's own.
+        base: HF model directory or hub id, or a loaded base model.
+        adapters: mapping of expert name to PEFT LoRA directory or hub id, in the order of the classifier's outputs.
+            None takes the adapters of ``config`` or of ``checkpoint``. With a checkpoint, they replace its paths, in
+            the same order.
+        config: settings of a new classifier; None means PEFT's defaults. Not allowed with ``checkpoint``.
+        checkpoint: directory or hub id of a trained X-LoRA checkpoint, in any layout.
+        dtype: dtype of the base model and the classifier; None means the dtype in the base's config.json.
+        expert_dtype: dtype of the experts and of the operands of their products. PEFT uses float32. bfloat16 is faster,
+            and accumulates in float32.
+        seed: seed of a new classifier.
+        head: name of the expert whose classification head the model gets, needed if the adapters' heads differ (PEFT
+            saves heads for SEQ_CLS and TOKEN_CLS). None takes the checkpoint's head, else the head the adapters share,
+            else the base's own.
         scan_layers: see :func:`interop.load_base`.
-        place: see :func:`interop.load_base`; experts and classifier go through it too.
+        place: see :func:`interop.load_base`; it is called for the arrays of experts and classifier too.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: arguments that do not go together, or a config that does not fit the base or the experts.
-        FormatError: a file that can't be used; the message names it, and what to do.
+        ValueError: arguments exclude each other, or a config does not fit the base or the experts.
+        FormatError: a file can't be used; the message names it and says what to do.
     """
 
     def get_base(brought: Head | None) -> BaseModel:
@@ -123,19 +124,19 @@ def open_xlora(
     adapters: Mapping[str, str | Path] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> XLoraModel:
-    """Open a trained X-LoRA without reading its base's weights: to write it in another layout, or to see if it fits.
+    """Open a trained X-LoRA model without reading the base's weights: to convert its layout, or to check that it fits.
 
     Args:
         base: HF model directory or hub id.
-        checkpoint: as of :func:`load_xlora`.
-        adapters: likewise.
-        dtype: likewise.
+        checkpoint: directory or hub id, as in :func:`load_xlora`.
+        adapters: mapping of expert name to directory or hub id, as in :func:`load_xlora`.
+        dtype: dtype of base and classifier, as in :func:`load_xlora`.
 
     Returns:
-        The model; its base's parameters are not read, experts and classifier stay in NumPy arrays.
+        The model. The base's parameters are not read; experts and classifier are NumPy arrays.
 
     Raises:
-        FormatError: what :func:`load_xlora` would refuse, but for values of the base's weights.
+        FormatError: :func:`load_xlora` would refuse it, for other reasons than the values of the base's weights.
     """
     return _put_together(
         lambda head: open_base(base, dtype=dtype, head=head),
@@ -161,7 +162,7 @@ def _put_together(
     place: Placer,
     **hub_options: Any,
 ) -> XLoraModel:
-    """Make a model of a base with the head that it is given, of experts, and of a classifier, new or trained."""
+    """Make a model from a base with the chosen head, from experts, and from a classifier, new or trained."""
     if trained is not None:
         config = trained.config
         adapters = experts_of(trained, adapters)
@@ -188,15 +189,15 @@ def _put_together(
 
 
 def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -> None:
-    """Write classifier, settings and experts to a directory of their own; an existing save there is replaced whole.
+    """Write classifier, settings and experts to a directory; an earlier save there is replaced as a whole.
 
     Args:
-        model: as loaded by :func:`load_xlora`, trained or not.
-        directory: created or replaced; a kill at any moment leaves the old one or the new one.
+        model: model from :func:`load_xlora`, trained or not.
+        directory: directory to create or replace; a kill at any moment leaves the old one or the new one.
         layout: ``peft``, ``xlora`` (the original) or ``mistralrs``.
 
     Raises:
-        FormatError: the layout can't express this model; the message says what and why.
+        FormatError: the layout can't express this model; the message gives the reason.
     """
     origin: XLoraOrigin = model.origin
     classifier = model.params["classifier"]
@@ -246,22 +247,22 @@ def check_save(model: XLoraModel, directory: str | Path, layout: str = "peft") -
 
 
 def _brought_head(trained: XLoraCheckpoint | None, adapters: Sequence[LoraAdapter], expert: str | None) -> Head | None:
-    """The classification head that checkpoint or experts bring; see `head` of :func:`load_xlora`."""
+    """Return the head of checkpoint or adapters, or None for the base's own; see `head` of :func:`load_xlora`."""
     if trained is not None and trained.head and expert is None:
         return Head(f"checkpoint {trained.directory}", trained.extras.get("task_type"), trained.head)
     return choose_head(adapters, expert)
 
 
-# What a model's head is for, as PEFT calls it; it has no name for classes of images.
+# PEFT's task type for each kind of head; it has none for image classification.
 _TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS", "first": None}
 
 
 def experts_of(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None = None) -> Mapping[str, str | Path]:
-    """The experts of a checkpoint, or those that replace them.
+    """Return the experts of a checkpoint, or ``adapters`` in place of them.
 
     Raises:
-        FormatError: experts of the checkpoint are not where it says.
-        ValueError: another number of them.
+        FormatError: an expert of the checkpoint is not at its path.
+        ValueError: the number of ``adapters`` differs from the checkpoint's.
     """
     if adapters is None:
         lost = [
@@ -284,7 +285,7 @@ def experts_of(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | No
 
 
 def _fitted(config: XLoraConfig | None, adapters: Mapping[str, str | Path], base: BaseModel) -> XLoraConfig:
-    """The config with these experts, checked against the base."""
+    """Return the config with these experts, checked against the base."""
     width = base.module.config.hidden_size
     paths = {name: str(path) for name, path in adapters.items()}
     if config is None:
@@ -301,7 +302,7 @@ _MAX_DEPTH = 1000
 
 
 def _new_classifier(model: XLoraModel, seed: int) -> dict[str, Any]:
-    """A new classifier's parameters.
+    """Return the parameters of a new classifier.
 
     Raises:
         ValueError: it would be deeper than can be compiled, or larger than this machine's memory.
@@ -326,7 +327,7 @@ def _new_classifier(model: XLoraModel, seed: int) -> dict[str, Any]:
 def _trained_classifier(
     trained: XLoraCheckpoint, template: dict[str, Any], config: XLoraConfig, layers: AdaptedLayers
 ) -> dict[str, Any]:
-    """The checkpoint's classifier, held against the shapes that config and experts ask for."""
+    """Return the checkpoint's classifier, checked against the shapes that config and experts require."""
     if trained.layer_names is not None and tuple(trained.layer_names) != layers.names:
         differing = next(
             pair for pair in zip_longest(trained.layer_names, layers.names, fillvalue="none") if pair[0] != pair[1]

@@ -1,7 +1,7 @@
 """Files that are replaced as a whole: a reader finds the old content or the new content, never half of one.
 
-A new file gets a random hidden name beside its place, is created exclusively and without following links, and is then
-renamed. So a link that someone planted is never written through, neither at the temporary name nor at the final one.
+A new file is created beside the target, under a random hidden name, exclusively and without following links. Then it is
+renamed. So no data goes through a planted link, neither at the temporary name nor at the final one.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 @contextmanager
 def replacing_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """Give a new binary file that takes the place of ``path`` when the block ends, and vanishes if it raises.
+    """Yield a new binary file that replaces ``path`` when the block ends, and is deleted if the block raises.
 
     Args:
         path: file to create or replace. A link there is replaced, not followed.
-        durable: flush the file and its directory to disk, so that a power cut leaves the old content or the new.
+        durable: whether to flush the file and its directory to disk, so that a power cut leaves the old content or the
+            new content.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.partial")
@@ -100,10 +101,10 @@ def read_json_object(path: str | os.PathLike[str], max_bytes: int = _MAX_JSON_BY
 
 
 def open_to_append(path: str | os.PathLike[str]) -> IO[str]:
-    """Open a text file at its end, or create it.
+    """Open a text file for appending, or create it.
 
     Raises:
-        OSError: among others, ``path`` is a link.
+        OSError: ``path`` is a link, or can't be opened.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666)
     return os.fdopen(descriptor, "a", encoding="utf-8")

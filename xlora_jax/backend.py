@@ -1,4 +1,4 @@
-"""The kind of device that programs are made for."""
+"""The kind of device that programs are compiled for."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def target_backend() -> str:
 
 @contextmanager
 def compile_for(backend: str) -> Iterator[None]:
-    """Trace functions for ``cpu``, ``gpu`` or ``tpu`` within a ``with`` block, whatever devices are there.
+    """Trace functions for ``cpu``, ``gpu`` or ``tpu`` within a ``with`` block, whatever devices the machine has.
 
-    For compiling ahead of time. A function that was traced before keeps the program that it has.
+    For compiling ahead of time. A function that was traced earlier keeps its program.
     """
     token = _target.set(backend)
     try:

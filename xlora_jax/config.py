@@ -1,7 +1,8 @@
 """The X-LoRA configuration: PEFT's fields, names and defaults, validated in one place.
 
 `XLoraConfig` is frozen and hashable, so it can be a static argument of a jitted function: a changed setting is a new
-config (`dataclasses.replace`). What PEFT warns about is a warning here too; what can't work is an error.
+config (`dataclasses.replace`). Settings that PEFT warns about give a warning here too; settings that can't work are an
+error.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
+__all__ = ["XLoraConfig"]
+
 _DEFAULT_HIDDEN_SIZE = 4096
 
-# The default of a field that PEFT leaves at None and fills in with a warning: after construction it is never None.
+# Default of the fields that PEFT fills in with a warning. After construction these fields are never None.
 _MISSING: Any = None
 
 
@@ -61,21 +64,24 @@ class XLoraConfig:
         hidden_size: width of the base model's hidden states. None warns and means 4096, as in PEFT.
         adapters: expert name to LoRA directory or hub id, in the order of the classifier's outputs. None warns and
             means no experts known yet.
-        enable_softmax: softmax over the experts, after division by `softmax_temperature`.
-        enable_softmax_topk: softmax over the `top_k_lora` selected gates. Not sensible together with `enable_softmax`.
-        layerwise_scalings: one gate per expert and adapted layer, else one gate per expert for all layers.
+        enable_softmax: whether the classifier's outputs go through a softmax over the experts, after division by
+            `softmax_temperature`.
+        enable_softmax_topk: whether the `top_k_lora` selected gates go through a softmax. Not useful together with
+            `enable_softmax`.
+        layerwise_scalings: one gate per expert and adapted layer (True), or one gate per expert for all layers (False).
         xlora_depth: number of linear layers of the classifier, at least 1.
-        xlora_size: width of the classifier's inner layers, of no effect at depth 1.
-        xlora_dropout_p: dropout after each inner layer, in [0, 1), of no effect at depth 1.
-        use_trainable_adapters: whether the experts learn together with the classifier.
-        softmax_temperature: above 0; lower is sharper.
-        top_k_lora: keep the k largest gates per adapted layer, between 1 and the number of experts. None keeps all.
-        scaling_pass_value: the gates' constant in the scaling pass. None means 1/n for n experts.
+        xlora_size: width of the classifier's inner layers; no effect at depth 1.
+        xlora_dropout_p: dropout probability after each inner layer, in [0, 1); no effect at depth 1.
+        use_trainable_adapters: whether the experts are trained together with the classifier.
+        softmax_temperature: divisor of the classifier's outputs, above 0; lower is sharper.
+        top_k_lora: number of largest gates to keep per adapted layer, between 1 and the number of experts. None keeps
+            all.
+        scaling_pass_value: constant gate of the scaling pass. None means 1/n for n experts.
         global_scaling_weight: factor of every expert's output.
 
     Raises:
-        TypeError: a field of the wrong type (a number as a string, a bool as a number, ...).
-        ValueError: a value that can't work.
+        TypeError: a field has the wrong type (a number as a string, a bool as a number, ...).
+        ValueError: a field has a value that can't work.
     """
 
     hidden_size: int = _MISSING
@@ -93,7 +99,7 @@ class XLoraConfig:
     global_scaling_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Fills in what PEFT fills in, normalises numbers, and refuses what can't work."""
+        """Fill in PEFT's defaults, normalize numbers and validate the fields."""
         given = vars(self)
         if given["hidden_size"] is None:
             _warn(f"hidden_size is not given: {_DEFAULT_HIDDEN_SIZE} is assumed; pass the base model's hidden size.")
@@ -131,7 +137,7 @@ class XLoraConfig:
             _warn("enable_softmax_topk and enable_softmax are both set: two softmaxes in a row work worse than one.")
 
     def validate_experts(self, n_experts: int) -> None:
-        """Raises ValueError unless these settings work with `n_experts` experts."""
+        """Raise ValueError unless these settings work with `n_experts` experts."""
         if n_experts < 1:
             raise ValueError("X-LoRA needs at least one expert, got none: pass adapters={name: directory or hub id}.")
         if self.top_k_lora is not None and self.top_k_lora > n_experts:
@@ -141,17 +147,17 @@ class XLoraConfig:
             )
 
     def scaling_pass_gate(self, n_experts: int) -> float:
-        """The constant gate of the scaling pass: `scaling_pass_value`, or 1/n where that is None."""
+        """Return the constant gate of the scaling pass: `scaling_pass_value`, or 1/n if that is None."""
         self.validate_experts(n_experts)
         return 1.0 / n_experts if self.scaling_pass_value is None else self.scaling_pass_value
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> XLoraConfig:
-        """A config from PEFT's field names; a missing field takes PEFT's default.
+        """Return a config from PEFT's field names; a missing field takes PEFT's default.
 
         Raises:
-            ValueError: a field that is not one of the 13, or a value that can't work.
-            TypeError: a value of the wrong type.
+            ValueError: a field is not one of the 13, or has a value that can't work.
+            TypeError: a value has the wrong type.
         """
         known = [field.name for field in fields(cls)]
         unknown = [repr(name) for name in values if name not in known]
@@ -160,7 +166,7 @@ class XLoraConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The 13 fields under PEFT's names, as JSON values; `from_dict` of it gives an equal config."""
+        """Return the 13 fields under PEFT's names, as JSON values; `from_dict` of them gives an equal config."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["adapters"] = dict(self.adapters)
         return values

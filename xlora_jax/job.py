@@ -20,6 +20,8 @@ from xlora_jax.training.records import BadRecords
 from xlora_jax.training.run_lock import run_lock
 from xlora_jax.training.trainer import Trainer, TrainResult, mesh_of
 
+__all__ = ["Job", "run_training"]
+
 
 @dataclass(frozen=True)
 class Job:

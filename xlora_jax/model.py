@@ -1,4 +1,4 @@
-"""The handles that users hold: module, parameters and settings together, with the method names of PEFT and HF."""
+"""User-facing models: module, parameters and config in one object, with the method names of PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _base_forward(module: BaseModule, params: Params, **inputs: Any) -> DecoderO
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model alone.
+    """A base model without experts.
 
     Attributes:
-        module: the Flax module.
-        params: its parameters.
-        origin: where it came from, for those who write it back.
+        module: Flax module.
+        params: parameters of the module.
+        origin: record of the files that the model came from, which saving needs; None if it came from no files.
     """
 
     module: BaseModule
@@ -57,14 +57,14 @@ class BaseModel:
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **more: Any
     ) -> DecoderOutput:
-        """Return logits ``[B, T, V]`` and hidden states ``[B, T, D]``; arguments as those of :class:`XLoraModel`."""
+        """Return logits ``[B, T, V]`` and hidden states ``[B, T, D]``; same arguments as :class:`XLoraModel`."""
         inputs = _inputs(self.module, input_ids, attention_mask, inputs_embeds, more)
         return cast(DecoderOutput, _base_forward(self.module, self.params, **inputs))
 
     def generate(
         self, input_ids: Any, attention_mask: Any = None, *, config: GenerationConfig | None = None, **options: Any
     ) -> jax.Array:
-        """Generate; arguments and result as those of :meth:`XLoraModel.generate`."""
+        """Generate; same arguments and result as :meth:`XLoraModel.generate`."""
         config = dataclasses.replace(config or GenerationConfig(), **options)
         out = generate(self._alone, {"base": self.params}, input_ids, attention_mask, config, experts=False)
         self._stats.append(out.stats)
@@ -79,26 +79,26 @@ class BaseModel:
         config: GenerationConfig | None = None,
         **options: Any,
     ) -> Iterator[list[Ints]]:
-        """Generate piece by piece; arguments and pieces as those of :meth:`XLoraModel.stream`."""
+        """Generate piece by piece; same arguments and pieces as :meth:`XLoraModel.stream`."""
         config = dataclasses.replace(config or GenerationConfig(), **options)
         params = {"base": self.params}
         stats = yield from stream(self._alone, params, input_ids, attention_mask, config, experts=False, steps=steps)
         self._stats.append(stats)
 
     def unstacked(self, *, donate: bool = False) -> BaseModel:
-        """Return this model with blocks side by side, see :meth:`XLoraModel.unstacked`."""
+        """Return this model with one set of arrays per block; see :meth:`XLoraModel.unstacked`."""
         if not isinstance(self.module, Decoder) or not self.module.scan_layers:
             return self
         params = _unstack(self.params, _members(self.module), donate)
         return BaseModel(self.module.clone(scan_layers=False), params, self.origin)
 
     def get_generation_stats(self) -> GenerationStats | None:
-        """Return what the last generation cost, or None if there was none."""
+        """Return the cost of the last generation, or None if there was none."""
         return self._stats[-1] if self._stats else None
 
     @property
     def _alone(self) -> XLora:
-        """A static description in which nothing is adapted."""
+        """Return a static description without adapted layers."""
         config = XLoraConfig(hidden_size=self.module.config.hidden_size, adapters={})
         return XLora(self.module, AdaptedLayers((), ()), 1, config)
 
@@ -107,20 +107,23 @@ class BaseModel:
 class XLoraModel:
     """An X-LoRA model.
 
-    The setters change the handle that they are called on, by giving it a new frozen ``config``; parameters are never
-    changed in place. A handle can be called from several threads at once. Settings, the log of scalings and what
-    :meth:`get_latest_scalings` and :meth:`get_generation_stats` return belong to the handle, so threads that want their
-    own take a copy each, ``model.replace()``, which shares the parameters. :meth:`disable_adapter` acts in its own
-    thread only. Everything below the handle is pure: ``model.xlora`` with ``model.params`` is what the functions
-    of :mod:`xlora_jax.passes`, :mod:`xlora_jax.generation.generate` and :mod:`xlora_jax.training.step` take.
+    The setters give the object a new frozen ``config``. Parameters are never changed in place. All functions below
+    this class are pure: those of :mod:`xlora_jax.passes`, :mod:`xlora_jax.generation.generate` and
+    :mod:`xlora_jax.training.step` take ``model.xlora`` and ``model.params``.
+
+    An object can be called from several threads at once. Settings, the log of scalings and the results of
+    :meth:`get_latest_scalings` and :meth:`get_generation_stats` belong to the object, so threads that want their own
+    take a copy each, ``model.replace()``, which shares the parameters. :meth:`disable_adapter` acts in its own thread
+    only.
 
     Attributes:
-        module: the base model, a Flax module.
+        module: Flax module of the base model.
         params: ``{"base": ..., "experts": ..., "classifier": ...}``.
-        config: the settings.
-        layers: the adapted layers.
-        expert_names: names in the order of the classifier's outputs.
-        origin: where base and experts came from, for those who write them back.
+        config: X-LoRA settings.
+        layers: adapted layers.
+        expert_names: names of the experts in the order of the classifier's outputs.
+        origin: record of the files that base and experts came from, which saving needs; None if they came from no
+            files.
     """
 
     module: BaseModule
@@ -141,7 +144,7 @@ class XLoraModel:
 
     @property
     def xlora(self) -> XLora:
-        """The static description that the pure functions take as their first argument."""
+        """Static description, the first argument of the pure functions."""
         return XLora(self.module, self.layers, len(self.expert_names), self.config)
 
     @property
@@ -175,16 +178,17 @@ class XLoraModel:
             input_ids: int ``[B, T]``, NumPy or JAX; or ``inputs_embeds``.
             attention_mask: ``[B, T]``, zero at padding.
             inputs_embeds: float ``[B, T, D]``.
-            scalings: use these in place of the classifier's, broadcast to ``[B, T, L, N]``: ``[1, 0, 0]`` is the first
-                of three experts alone. Top-k, softmax over the selected and global weight act on them as on any.
-            **more: what else the base model takes, such as ``token_type_ids``, or ``pixel_values`` in place of tokens.
+            scalings: array to use in place of the classifier's scalings, broadcast to ``[B, T, L, N]``: ``[1, 0, 0]``
+                is the first of three experts alone. Top-k, the softmax over the selected gates and the global weight
+                still apply.
+            **more: other inputs of the base model, such as ``token_type_ids``, or ``pixel_values`` in place of tokens.
 
         Returns:
             Logits ``[B, T, V]``, hidden states ``[B, T, D]`` and scalings ``[B, T, L, N]``.
 
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, shapes that do not fit, or token ids
-                that the base has no rows for.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds`` is given, shapes do not fit, or a token
+                id is outside the base's embedding.
         """
         inputs = _inputs(self.module, input_ids, attention_mask, inputs_embeds, more)
         if not self._experts_on:
@@ -204,16 +208,16 @@ class XLoraModel:
 
         Args:
             input_ids: int ``[B, T]``, NumPy or JAX; prompts of different length are padded, usually on the left.
-            attention_mask: ``[B, T]``, zero at padding; None where there is none.
-            config: what is asked for; default :class:`~xlora_jax.generation.generate.GenerationConfig`.
-            **options: fields of ``config`` to be changed: ``max_new_tokens=48, do_sample=True, top_p=0.9, seed=1``.
+            attention_mask: ``[B, T]``, zero at padding; None if there is no padding.
+            config: generation settings; default :class:`~xlora_jax.generation.generate.GenerationConfig`.
+            **options: fields of ``config`` to change: ``max_new_tokens=48, do_sample=True, top_p=0.9, seed=1``.
 
         Returns:
-            int32 ``[B * num_return_sequences, T + max_new_tokens]``: the prompts as given, what was generated, padding.
+            int32 ``[B * num_return_sequences, T + max_new_tokens]``: the prompts as given, the new tokens, padding.
 
         Raises:
-            ValueError: shapes that do not fit, a prompt without tokens, or a setting without meaning.
-            TypeError: an option that there is not.
+            ValueError: shapes do not fit, a prompt has no tokens, or a setting is invalid.
+            TypeError: an option does not exist.
         """
         config = dataclasses.replace(config or GenerationConfig(), **options)
         out = generate(
@@ -231,14 +235,14 @@ class XLoraModel:
         return jnp.asarray(out.tokens)
 
     def unstacked(self, *, donate: bool = False) -> XLoraModel:
-        """Return this model with blocks side by side (``scan_layers=False``), which decodes faster.
+        """Return this model with one set of arrays per block (``scan_layers=False``), which decodes faster.
 
-        Under ``nn.scan`` every block's weights are sliced out of a stack, a copy of them for every token; side by side
-        they are read where they are. Compilation takes longer, and grows with depth.
+        Under ``nn.scan`` every block's weights are sliced out of a stack, which copies them for every token. Separate
+        arrays are read in place. Compilation takes longer, and its time grows with depth.
 
         Args:
-            donate: delete each stacked array once it is taken apart, so that beside the model there is never more than
-                one of them in memory. This model, and all that share its parameters, cannot be used any more.
+            donate: whether to delete each stacked array once it is split. Then memory holds at most one stacked array
+                beside the new model. This model, and all models that share its parameters, become unusable.
         """
         if not isinstance(self.module, Decoder) or not self.module.scan_layers:
             return self
@@ -262,14 +266,14 @@ class XLoraModel:
         """Generate piece by piece.
 
         Args:
-            input_ids: as in :meth:`generate`.
-            attention_mask: likewise.
-            steps: between two pieces.
-            config: as in :meth:`generate`.
-            **options: likewise.
+            input_ids: prompts, as in :meth:`generate`.
+            attention_mask: mask, as in :meth:`generate`.
+            steps: number of decoding steps between two pieces.
+            config: settings, as in :meth:`generate`.
+            **options: fields of ``config`` to change, as in :meth:`generate`.
 
         Yields:
-            For each row its new tokens since the last piece, int32.
+            One int32 array per row: its new tokens since the last piece.
         """
         config = dataclasses.replace(config or GenerationConfig(), **options)
         self._stats = yield from stream(
@@ -277,7 +281,7 @@ class XLoraModel:
         )
 
     def get_generation_stats(self) -> GenerationStats | None:
-        """Return what the last generation cost: seconds, reads of the weights per token, acceptance of drafts."""
+        """Return the cost of the last generation: seconds, reads of the weights per token, acceptance of drafts."""
         return self._stats
 
     def _record(self, scalings: jax.Array | None) -> None:
@@ -304,7 +308,7 @@ class XLoraModel:
     def get_latest_scalings(self) -> jax.Array | None:
         """Return the scalings ``[B, T, L, N]`` of the last call, or None if there was none.
 
-        :meth:`generate` counts as a call only while scalings are logged: otherwise it does not keep them.
+        :meth:`generate` counts as a call only while scalings are logged; otherwise it does not keep scalings.
         """
         return self._latest
 
@@ -325,7 +329,7 @@ class XLoraModel:
         return list(self._log)
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[jax.Array]]]:
-        """Return the log by sequence length: for each T the entries' places in the log, and the entries."""
+        """Return the log by sequence length: for each T, the entries' indices in the log, and the entries."""
         buckets: dict[int, tuple[list[int], list[jax.Array]]] = {}
         for place, scalings in enumerate(self._log):
             places, entries = buckets.setdefault(scalings.shape[1], ([], []))
@@ -364,7 +368,7 @@ class XLoraModel:
 
     def _set(self, **changes: Any) -> None:
         with warnings.catch_warnings():
-            # What the settings warn of was said when they were made.
+            # The config gave its warnings when it was first made.
             warnings.simplefilter("ignore")
             config = dataclasses.replace(self.config, **changes)
         config.validate_experts(len(self.expert_names))
@@ -372,13 +376,13 @@ class XLoraModel:
 
 
 def _members(module: Decoder) -> dict[str, list[str]]:
-    """Key of each stack of blocks to the keys of its members where they stand side by side."""
+    """Return, for the key of each stack of blocks, the keys of its blocks in a model without stacks."""
     groups = module.config.groups
     return {group.name: [f"layers_{group.start + i}" for i in range(group.length)] for group in groups}
 
 
 def _unstack(tree: Params, groups: Mapping[str, Sequence[str]], donate: bool) -> dict[str, Any]:
-    """Take the stacks of a collection apart, leaf by leaf."""
+    """Split the stacks of a collection, leaf by leaf."""
     taken: dict[Path, jax.Array] = {}
     for path, leaf in flatten(tree).items():
         if path[0] not in groups:
@@ -395,7 +399,7 @@ def _unstack(tree: Params, groups: Mapping[str, Sequence[str]], donate: bool) ->
 def _inputs(
     module: BaseModule, input_ids: Any, attention_mask: Any, inputs_embeds: Any, more: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Check the arguments of a call and make them arrays."""
+    """Check the arguments of a call and convert them to arrays."""
     config = module.config
     inputs: dict[str, Any] = {name: jnp.asarray(value) for name, value in more.items() if value is not None}
     if "pixel_values" in inputs and input_ids is None and inputs_embeds is None:

@@ -4,8 +4,8 @@
     scalings = classifier(hidden)               [B, T, L, N]
     logits   = base + experts(tokens, gates)    real pass: every adapted layer mixes its experts per token
 
-``params`` is ``{"base": ..., "experts": ..., "classifier": ...}``. What is static stands in :class:`XLora`, the first
-argument of every function here; ``jax.jit(f, static_argnums=0)`` makes the two passes one compiled function. Axes as in
+``params`` is ``{"base": ..., "experts": ..., "classifier": ...}``. The first argument of every function here is
+:class:`XLora`, the static part; ``jax.jit(f, static_argnums=0)`` makes the two passes one compiled function. Axes as in
 :mod:`xlora_jax.layers.mixing`, and V for the vocabulary.
 """
 
@@ -43,14 +43,14 @@ Params = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class XLora:
-    """All that is static in an X-LoRA model; hashable.
+    """The static part of an X-LoRA model; hashable.
 
     Attributes:
-        module: the base model.
-        layers: its adapted layers.
-        num_experts: N.
-        config: the settings.
-        gate_dtype: of the classifier's computation; None takes the base model's, as PEFT does.
+        module: Flax module of the base model.
+        layers: adapted layers.
+        num_experts: N, number of experts.
+        config: X-LoRA settings.
+        gate_dtype: dtype of the classifier's computation; None means the base model's, as in PEFT.
     """
 
     module: BaseModule
@@ -65,7 +65,7 @@ class XLora:
 
     @property
     def classifier(self) -> XLoraClassifier:
-        """The classifier that the settings describe."""
+        """Classifier that the settings describe."""
         config = self.config
         return XLoraClassifier(
             num_layers=len(self.layers),
@@ -81,7 +81,7 @@ class XLora:
         )
 
     def gates(self, scalings: jax.Array) -> dict[str, Any]:
-        """The ``scalings`` collection for the real pass, from scalings ``[B, T, L or 1, N]``."""
+        """Return the ``scalings`` collection for the real pass, from scalings ``[B, T, L or 1, N]``."""
         weight = self.config.global_scaling_weight
         gates = mixing.layer_gates(
             scalings, top_k=self.config.top_k_lora, softmax_selected=self.config.enable_softmax_topk, weight=weight
@@ -91,12 +91,12 @@ class XLora:
 
 @struct.dataclass
 class XLoraOutput:
-    """What a call of the model gives.
+    """Output of a call of the model.
 
     Attributes:
-        logits: ``[B, T, V]`` in the base model's dtype; None if not asked for.
+        logits: ``[B, T, V]`` in the base model's dtype; None if not requested.
         hidden_states: ``[B, T, D]`` of the real pass, after the final norm.
-        scalings: ``[B, T, L, N]`` as the classifier gave them, before top-k; None with the experts disabled.
+        scalings: ``[B, T, L, N]``, the classifier's output, before top-k; None with the experts disabled.
     """
 
     logits: jax.Array | None
@@ -105,27 +105,27 @@ class XLoraOutput:
 
 
 def base_forward(xlora: XLora, params: Params, **inputs: Any) -> DecoderOutput:
-    """Run the base model alone; ``inputs`` as those of :class:`~xlora_jax.models.Decoder`."""
+    """Run the base model alone; ``inputs`` are those of :class:`~xlora_jax.models.Decoder`."""
     return cast(DecoderOutput, xlora.module.apply({"params": params["base"]}, **inputs))
 
 
 def scaling_pass(
     xlora: XLora, params: Params, *, rngs: Mapping[str, jax.Array] | None = None, **inputs: Any
 ) -> tuple[jax.Array, Cache | None]:
-    """First pass: the last hidden state that the classifier reads.
+    """Run the first pass, which gives the hidden states that the classifier reads.
 
     Args:
         xlora: static description.
-        params: ``base`` and ``experts`` are read.
-        rngs: ``lora_dropout`` where that is to act.
-        **inputs: as those of the base model.
+        params: parameter tree; ``base`` and ``experts`` are read.
+        rngs: PRNG keys by name; the key ``lora_dropout`` turns the experts' dropout on.
+        **inputs: inputs of the base model.
 
     Returns:
         Hidden states ``[B, T, D]``, through which no gradient flows, and the cache of this pass.
     """
     variables: dict[str, Any] = {"params": params["base"]}
     gate = xlora.config.scaling_pass_gate(xlora.num_experts)
-    # At gate 0 the experts add nothing but the biases of lora_B, if there are any.
+    # At gate 0 the experts add only the biases of lora_B, if there are any.
     if gate != 0 or xlora.layers.with_bias:
         # One gate for all examples and positions.
         shape = (1, 1, 1, xlora.num_experts)
@@ -140,7 +140,7 @@ def scaling_pass(
 def classify(
     xlora: XLora, params: Params, hidden_states: jax.Array, *, rngs: Mapping[str, jax.Array] | None = None
 ) -> jax.Array:
-    """Scalings ``[B, T, L or 1, N]`` of hidden states ``[B, T, D]``; dropout acts if ``rngs`` has ``dropout``."""
+    """Return scalings ``[B, T, L or 1, N]`` of ``hidden_states [B, T, D]``; a key ``dropout`` turns dropout on."""
     deterministic = "dropout" not in (rngs or {})
     scalings = xlora.classifier.apply(
         {"params": params["classifier"]}, hidden_states, deterministic=deterministic, rngs=dict(rngs or {})
@@ -156,7 +156,7 @@ def real_pass(
     rngs: Mapping[str, jax.Array] | None = None,
     **inputs: Any,
 ) -> DecoderOutput:
-    """Second pass: the base model with its experts mixed by ``scalings [B, T, L or 1, N]``."""
+    """Run the second pass: the base model with its experts mixed by ``scalings [B, T, L or 1, N]``."""
     variables = {"params": params["base"], "experts": params["experts"], "scalings": xlora.gates(scalings)}
     return cast(DecoderOutput, xlora.module.apply(variables, rngs=dict(rngs or {}), **inputs))
 
@@ -175,7 +175,7 @@ def forward(
     with_logits: bool = True,
     **more: jax.Array | None,
 ) -> XLoraOutput:
-    """Both passes.
+    """Run both passes.
 
     Args:
         xlora: static description.
@@ -184,11 +184,14 @@ def forward(
         attention_mask: ``[B, T]``, zero at padding.
         inputs_embeds: ``[B, T, D]``.
         positions: int ``[B or 1, T]``; default 0..T-1.
-        segment_ids: int ``[B, T]``: documents packed into one row; tokens see their own only.
-        scalings: use these, broadcast to ``[B, T, L, N]``, instead of the classifier's: no scaling pass is run.
-        rngs: ``dropout`` for the classifier's dropout and ``lora_dropout`` for the experts'; what is absent is off.
-        with_logits: also apply the output head.
-        **more: what else the base model takes, such as ``token_type_ids`` or ``pixel_values``.
+        segment_ids: int ``[B, T]``, number of the document of each token in a packed row; a token attends to its own
+            document only.
+        scalings: array to use instead of the classifier's scalings, broadcast to ``[B, T, L, N]``; no scaling pass
+            runs then.
+        rngs: PRNG keys by name: ``dropout`` for the classifier's dropout, ``lora_dropout`` for the experts'. Without
+            its key a dropout is off.
+        with_logits: whether to apply the output head.
+        **more: other inputs of the base model, such as ``token_type_ids`` or ``pixel_values``.
 
     Returns:
         Logits, hidden states and scalings.
@@ -212,7 +215,7 @@ def forward(
     else:
         scalings = jnp.asarray(scalings, xlora.module.dtype)
         tokens = input_ids if input_ids is not None else inputs_embeds
-        # Without tokens (images), what is given for all positions stays so: one gate for each example.
+        # Without tokens (images), scalings for all positions stay one gate for each example.
         positions_of = (1, 1) if tokens is None else tokens.shape[:2]
         shape = jnp.broadcast_shapes(scalings.shape, (*positions_of, len(xlora.layers), xlora.num_experts))
         scalings = jnp.broadcast_to(scalings, shape)
@@ -221,7 +224,7 @@ def forward(
 
 
 def unembed(xlora: XLora, params: Params, hidden_states: jax.Array, scalings: jax.Array | None = None) -> jax.Array:
-    """Logits ``[B, T, V]`` of hidden states ``[B, T, D]``; with ``scalings`` the head's experts, if any, are mixed."""
+    """Return logits ``[B, T, V]`` of ``hidden_states [B, T, D]``; with ``scalings``, the head's experts are mixed."""
     variables = {"params": params["base"]}
     if scalings is not None:
         variables |= {"experts": params["experts"], "scalings": xlora.gates(scalings)}

@@ -1,13 +1,13 @@
-"""Meshes and sharding rules: which axis of which parameter lies on which axis of the mesh.
+"""Meshes and sharding rules: which axis of a parameter is split over which axis of the mesh.
 
-Three mesh axes, each of size 1 where it is not used:
+The mesh has three axes; an axis that is not used has size 1:
 
     data    copies of the model, each with its part of the batch
     fsdp    parameters in parts, gathered layer by layer as they are used; the batch is split over it as well
     tensor  the width of every layer in parts
 
-JAX's own SPMD does the rest: arrays carry their shardings into one jitted function and the compiler inserts the
-collectives. ``RULES`` is the one place that says where parameters go.
+Arrays carry their shardings into one jitted function, and the compiler inserts the collectives. The table ``RULES``
+alone decides how parameters are split.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ _WIDENING = (
 )
 _NARROWING = r"(o_proj|down_proj|out_proj|fc2|c_proj|dense_4h_to_h|dense|output)"
 
-# Path pattern -> how the LAST axes of such a leaf are split; a leaf may have more axes before them (stacked blocks),
-# which stay whole. The first pattern found in the path counts. Widening projections are split over `tensor` in their
-# output and narrowing ones in their input, so that one all-reduce follows each pair.
+# Path pattern -> how the LAST axes of a matching leaf are split. Axes before them (stacked blocks) are not split. The
+# first matching pattern counts. Widening projections are split over `tensor` in their output and narrowing ones in
+# their input, so that each pair needs only one all-reduce.
 RULES: Rules = (
     (r"^base/.*embed_tokens/embedding$", P(("tensor", "fsdp"), None)),  # [V, D]
     (r"^base/.*lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
@@ -69,7 +69,7 @@ RULES: Rules = (
     (r"^base/.*/kernel$", P(None, "fsdp")),
     (r"^base/.*/embedding$", P(None, "fsdp")),
     (r"^base/", P()),  # norms, other biases
-    (r"^experts/.*embed_tokens/lora_a$", P(None, "fsdp")),  # [V, R]: a table that is looked up in
+    (r"^experts/.*embed_tokens/lora_a$", P(None, "fsdp")),  # [V, R]: a lookup table
     (rf"^experts/.*({_WIDENING}|lm_head)/lora_a$", P("fsdp", None)),  # [D, R]
     (rf"^experts/.*({_WIDENING}|lm_head)/lora_b$", P("fsdp", "tensor")),  # [R, F]
     (r"^experts/.*/lora_a$", P("tensor", "fsdp")),  # [F, R]
@@ -81,13 +81,13 @@ RULES: Rules = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh of all devices, of all processes.
+    """Make a mesh of all devices of all processes.
 
     Args:
-        data: size of that axis; -1 (for one of the three) takes what the others leave.
-        fsdp: likewise.
-        tensor: likewise. Its devices are neighbours: it communicates most.
-        devices: default ``jax.devices()``.
+        data: size of the axis ``data``. One of the three sizes may be -1: all devices that the other axes leave.
+        fsdp: size of the axis ``fsdp``.
+        tensor: size of the axis ``tensor``. Its devices are adjacent, because this axis communicates most.
+        devices: devices of the mesh; default ``jax.devices()``.
 
     Returns:
         A mesh with the axes ``data``, ``fsdp`` and ``tensor``.
@@ -144,7 +144,7 @@ def _rule(rules: Rules, path: Path) -> tuple[str, P] | None:
 def spec_of(path: Path, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> P:
     """Return the PartitionSpec of one leaf.
 
-    An axis that does not divide its dimension is left out there: so small or odd layers are whole on every device.
+    A mesh axis that does not divide the leaf's dimension is left out. So small or odd layers are whole on every device.
 
     Raises:
         ValueError: no rule matches the path.
@@ -171,17 +171,17 @@ def param_shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES)
 
 
 def shard_params(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
-    """Put a tree of parameters, the same on every process, onto the mesh."""
+    """Put a tree of parameters onto the mesh; every process passes the same tree."""
     place = placer(mesh, rules)
     check_rules(rules, params)
     return unflatten({path: place(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def placer(mesh: Mesh, rules: Rules = RULES) -> Callable[[Path, Any], jax.Array]:
-    """Make the function that puts one leaf onto the mesh, for loading parameters straight into their shards.
+    """Return a function that puts one leaf onto the mesh, for loading parameters straight into their shards.
 
-    It takes the leaf's path, from ``base``, ``experts`` or ``classifier`` on, and the leaf as a NumPy array, of which
-    each device gets its own part only; or a JAX array.
+    The function takes the leaf's path, which begins with ``base``, ``experts`` or ``classifier``, and the leaf as a
+    NumPy or JAX array. Of a NumPy array, each device gets its own part only.
     """
 
     def place(path: Path, leaf: Any) -> jax.Array:
@@ -200,19 +200,19 @@ def placer(mesh: Mesh, rules: Rules = RULES) -> Callable[[Path, Any], jax.Array]
 def state_shardings(
     abstract_state: Any, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules = RULES
 ) -> Any:
-    """Shardings of a :class:`~xlora_jax.training.step.TrainState`: moments lie where their parameters lie.
+    """Return shardings of a :class:`~xlora_jax.training.step.TrainState`; moments are split like their parameters.
 
     Args:
-        abstract_state: a state, or its shapes.
-        optimizer: what made its ``opt_state``.
-        mesh: the mesh.
-        rules: the table.
+        abstract_state: state, or its shapes.
+        optimizer: optimizer that made the state's ``opt_state``.
+        mesh: mesh that the state is put on.
+        rules: table of sharding rules.
     """
     whole = NamedSharding(mesh, P())
     trainable = param_shardings(abstract_state.trainable, mesh, rules)
 
     def of_moment(leaf: Any, sharding: NamedSharding, parameter: Any) -> NamedSharding:
-        # Some optimisers keep less than a whole array for a parameter (a row's or a column's mean).
+        # Some optimizers keep less than a whole array for a parameter (a row's or a column's mean).
         return sharding if leaf.shape == parameter.shape else whole
 
     opt_state = optax.tree.map_params(
@@ -228,20 +228,21 @@ def state_shardings(
 
 
 def batch_sharding(mesh: Mesh, accumulate: int = 1) -> NamedSharding:
-    """Sharding of a batch ``[B, ...]``, or of micro-batches ``[A, B, ...]``: rows over ``data`` and ``fsdp``."""
+    """Return the sharding of a batch ``[B, ...]`` or of micro-batches ``[A, B, ...]``, split by row."""
     return NamedSharding(mesh, P(BATCH_AXES) if accumulate == 1 else P(None, BATCH_AXES))
 
 
 @contextmanager
 def keep_batch_split(mesh: Mesh | None) -> Iterator[None]:
-    """While tracing within: activations ``[B, T, ...]`` stay split over the batch, and else as their kind is used.
+    """Keep activations ``[B, T, ...]`` split over the batch in functions that are traced within this context.
 
-    Left to itself the compiler may gather the batch and split the width instead, since parameters under ``fsdp`` are
-    split in their width; that moves activations where weights are to move. What a dense layer gives may be split in its
-    last axis (``tensor``); what any other module gives (norms, embedding, blocks, classifier) is whole there.
+    Parameters under ``fsdp`` are split in their width. Without constraints the compiler may therefore gather the batch
+    and split the activations' width, which moves activations between devices instead of weights. The output of a dense
+    layer may be split in its last axis (``tensor``). The outputs of all other modules (norms, embedding, blocks,
+    classifier) are not split in that axis.
 
     Args:
-        mesh: None for one device: nothing is constrained.
+        mesh: mesh of the computation; None (one device) constrains nothing.
     """
     if mesh is None or mesh.size == 1:
         yield
@@ -264,7 +265,7 @@ def keep_batch_split(mesh: Mesh | None) -> Iterator[None]:
             return out
         if isinstance(context.module, nn.Dense):
             return constrain(out, P.UNCONSTRAINED)
-        # A block gives its carry (the residual stream first) and nothing else.
+        # A block returns its carry (the residual stream first) and nothing else.
         if isinstance(out, tuple) and out and isinstance(out[0], tuple):
             return ((constrain(out[0][0], None), *out[0][1:]), *out[1:])
         return constrain(out, None)
@@ -277,7 +278,7 @@ def put_batch(batch: Mapping[str, NDArray[Any]], mesh: Mesh, accumulate: int = 1
     """Put this process's rows of a batch onto the mesh, as parts of the whole batch.
 
     Raises:
-        ValueError: the rows can't be dealt out evenly.
+        ValueError: the rows can't be divided evenly among the devices.
     """
     sharding = batch_sharding(mesh, accumulate)
     axis = 0 if accumulate == 1 else 1

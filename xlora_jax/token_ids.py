@@ -1,4 +1,4 @@
-"""Checks of token ids and lengths where they enter from outside: on the host, before anything is compiled or run."""
+"""Checks of token ids and lengths that users pass in: on the host, before anything is compiled or run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["check_token_ids", "warn_beyond_context"]
 
 
 def check_token_ids(ids: Any, vocab_size: int | None, name: str, *, ignored: int | None = None) -> None:
-    """Check that ids are rows of the base's embedding.
+    """Check that every id has a row in the base's embedding.
 
     Args:
         ids: int ``[...]``, NumPy or JAX. Of an array spread over processes, this process's part is checked. Tracers
             are not checked: they have no values.
-        vocab_size: V; None or 0 checks nothing.
+        vocab_size: V, number of rows; None or 0 checks nothing.
         name: name of the argument, for the message.
-        ignored: a value beside the ids, such as the label that is not learned.
+        ignored: value that is allowed beside the ids, such as the label of tokens that are not learned.
 
     Raises:
-        ValueError: an id below 0, or of at least ``vocab_size``.
+        ValueError: an id is below 0, or at least ``vocab_size``.
     """
     if not vocab_size or isinstance(ids, jax.core.Tracer):
         return
@@ -45,12 +45,12 @@ def check_token_ids(ids: Any, vocab_size: int | None, name: str, *, ignored: int
 
 
 def warn_beyond_context(length: int, context_length: int | None, *, stacklevel: int = 2) -> None:
-    """Warn once that an input has more tokens than the positions that the model was made for.
+    """Warn once if an input has more tokens than the model has positions.
 
     Args:
-        length: T, tokens of the longest row.
-        context_length: those positions; None if unknown.
-        stacklevel: of the warning, as :func:`warnings.warn` has it.
+        length: T, number of tokens of the longest row.
+        context_length: number of positions that the model was made for; None if unknown.
+        stacklevel: stack level of the warning, as in :func:`warnings.warn`.
     """
     if context_length is not None and length > context_length:
         warnings.warn(

@@ -1,1 +1,1 @@
-"""X-LoRA checkpoints: PEFT's layout, the original one, and the one of mistral.rs."""
+"""X-LoRA checkpoints in the layouts of PEFT, of the original package and of mistral.rs."""

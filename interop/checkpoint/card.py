@@ -1,7 +1,7 @@
 """The model card, README.md, of an exported X-LoRA checkpoint.
 
-Names and paths come from anyone's files. They are written as text of Markdown, as literals of Python or as words of a
-shell, never as they are: nothing in them can become markup, a link, an element of HTML, or a command.
+Names and paths come from untrusted files. They are written as Markdown text, Python literals or shell words, never
+unescaped: nothing in them can become markup, a link, an HTML element or a command.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from interop.peft.adapter import LoraAdapter
 from interop.storage.hub import is_hub_id
 from xlora_jax.config import XLoraConfig
+
+__all__ = ["model_card"]
 
 _LAYOUTS = {
     "peft": "PEFT's layout",
@@ -82,7 +84,7 @@ Not in this layout. This writes it:
     xlora-jax export --base {base} --checkpoint DIR --layout {layout} --output OUTPUT
 """
 
-# By PEFT's task_type; it has none for classes of images.
+# transformers' class by PEFT's task_type; PEFT has none for image classification.
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -100,21 +102,21 @@ def model_card(
     task_type: str | None = "CAUSAL_LM",
     labels: int | None = None,
 ) -> str:
-    """A README.md with base model, experts, settings, and how to load the checkpoint in PEFT, here, and elsewhere.
+    """Return a README.md with base model, experts, settings, and code that loads the checkpoint here and elsewhere.
 
     Args:
         layout: "peft", "xlora" or "mistralrs".
-        config: the settings.
-        adapters: the experts, in order.
-        base_model: the base's directory or hub id.
-        layer_count: the number of adapted layers.
-        task_type: PEFT's.
-        labels: classes of a head that is in the checkpoint, not in the base; None for none.
+        config: X-LoRA settings.
+        adapters: adapters of the experts, in order.
+        base_model: directory or hub id of the base model.
+        layer_count: number of adapted layers.
+        task_type: PEFT's task type.
+        labels: number of classes of a head that is in the checkpoint, not in the base; None for no such head.
     """
     base = _literal(base_model)
     front = ["library_name: peft", "tags: [lora, x-lora, mixture-of-experts]"]
     if is_hub_id(base_model):
-        # Without an owner it could be a number or null in YAML.
+        # YAML could read a name without an owner as a number or null.
         front.insert(0, f"base_model: {base_model if '/' in base_model else json.dumps(base_model)}")
     pairs = (f"{_literal(adapter.name)}: {_literal(f'DIR/{adapter.name}')}" for adapter in adapters)
     folders = "{" + ", ".join(pairs) + "}"
@@ -188,18 +190,18 @@ _MARKUP = re.compile(r"[\\`*\[\]()|~#!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def _as_text(text: str) -> str:
-    """The text in Markdown: it looks as it is, in a table too."""
+    """Return Markdown that shows exactly this text, in a table too."""
     shown = html.escape(re.sub(_MARKUP, r"\\\g<0>", _printable(text, r"\x{:02x}", r"\u{:04x}")), quote=False)
-    return shown.replace("://", "&#58;//").replace("www.", "www&#46;")  # which GitHub makes links of
+    return shown.replace("://", "&#58;//").replace("www.", "www&#46;")  # GitHub turns both into links
 
 
 def _literal(text: str) -> str:
-    """The text as a string of Python."""
+    """Return the text as a Python string literal."""
     return _printable(json.dumps(text, ensure_ascii=False), r"\x{:02x}", r"\u{:04x}", r"\U{:08x}")
 
 
 def _shell_word(text: str) -> str:
-    """The text as one word of bash and zsh, on one line."""
+    """Return the text as one word of bash and zsh, on one line."""
     if text.isprintable():
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
@@ -207,7 +209,7 @@ def _shell_word(text: str) -> str:
 
 
 def _printable(text: str, byte: str, short: str, long: str = r"\U{:08x}") -> str:
-    """The text with a number in place of every character that doesn't print: controls, line ends, overrides."""
+    """Return the text with an escape for every character that doesn't print: controls, line ends, overrides."""
 
     def number(character: str) -> str:
         code = ord(character)

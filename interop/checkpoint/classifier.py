@@ -1,4 +1,4 @@
-"""The classifier alone, from and to torch."""
+"""Conversion of a classifier from and to torch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from interop.storage.errors import FormatError, listed
 from interop.storage.tensors import from_torch, to_torch
 from xlora_jax.config import XLoraConfig
 
+__all__ = ["classifier_from_torch", "classifier_to_torch"]
+
 _TORCH_SLOT = re.compile(
     r"(?:base_model\.)?(?:internal_xlora_classifier\.)?(?:(?:layers|inner)\.(?P<slot>\d{1,6})|last)\.(?P<part>weight|bias)"
 )
 
 
 def classifier_from_torch(classifier: Any) -> dict[str, dict[str, NDArray[Any]]]:
-    """The parameters of our classifier from one in torch.
+    """Return the parameters of our classifier from a torch classifier.
 
     Args:
         classifier: PEFT's live `XLoraClassifier`, a module that holds one (a `PeftModel`), the state dict of either,
-            or that of the original xlora's classifier.
+            or the state dict of the original package's classifier.
 
     Returns:
         `{"dense_0": {"kernel": [inputs, outputs], "bias": [outputs]}, "dense_1": ..., ...}`, in torch's dtypes.
 
     Raises:
-        FormatError: no such state dict, or an incomplete one.
+        FormatError: the state dict is incomplete, or is not a classifier's.
     """
     state = classifier if isinstance(classifier, Mapping) else classifier.state_dict()
     if any("internal_xlora_classifier." in key for key in state):
@@ -67,17 +69,17 @@ def classifier_from_torch(classifier: Any) -> dict[str, dict[str, NDArray[Any]]]
 
 
 def classifier_to_torch(params: Mapping[str, Mapping[str, Any]], config: XLoraConfig) -> dict[str, Any]:
-    """The state dict for PEFT's `XLoraClassifier` from the parameters of ours.
+    """Return the state dict for PEFT's `XLoraClassifier` from the parameters of our classifier.
 
     Args:
         params: `{"dense_0": {"kernel": [inputs, outputs], "bias": [outputs]}, ...}`.
-        config: its settings: depth and dropout tell where PEFT has which layer.
+        config: settings of the classifier; depth and dropout decide PEFT's numbers of the layers.
 
     Returns:
         `{"layers.0.weight": tensor, ...}`, for `load_state_dict`, in the parameters' dtypes.
 
     Raises:
-        FormatError: parameters of another depth.
+        FormatError: the parameters are of another depth than the settings.
     """
     wanted = [f"dense_{i}" for i in range(config.xlora_depth)]
     if sorted(params) != sorted(wanted):

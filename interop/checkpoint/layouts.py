@@ -18,6 +18,26 @@ from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json
 from xlora_jax.config import XLoraConfig
 
+__all__ = [
+    "CARD_FILE",
+    "CLASSIFIER_NAMES",
+    "EXPERTS_FOLDER",
+    "FIXED_ENTRIES",
+    "ORDERING_FILE",
+    "PEFT_HEAD_PREFIX",
+    "PEFT_PREFIX",
+    "UNHELD_TASKS",
+    "XLORA_CLASSIFIER_STEM",
+    "XLORA_CONFIG_FILE",
+    "ClassifierNames",
+    "Layout",
+    "Linear",
+    "Ordering",
+    "XLoraCheckpoint",
+    "classifier_tensors",
+    "read_ordering",
+]
+
 Layout = Literal["peft", "xlora", "mistralrs"]
 Linear = tuple[NDArray[Any], NDArray[Any] | None]
 XLORA_CONFIG_FILE = "xlora_config.json"
@@ -39,19 +59,19 @@ FIXED_ENTRIES = (
 
 @dataclass(frozen=True, eq=False)
 class XLoraCheckpoint:
-    """A trained X-LoRA as it stands in files.
+    """The contents of an X-LoRA checkpoint.
 
     Attributes:
-        directory: where it was read from.
+        directory: directory of the checkpoint.
         layout: "peft", "xlora" or "mistralrs".
-        config: its settings.
-        classifier: (weight [inputs, outputs], bias [outputs]) of its linear layers, in order, in stored dtypes.
-        adapters: expert name to directory or hub id, in the order of the classifier's outputs; None where the
-            checkpoint names one that isn't to be found.
-        layer_names: the adapted layers by their numbers, or None where the checkpoint doesn't tell.
-        extras: what else its settings hold: `task_type`, `base_model_name_or_path`, `peft_version`, ...
-        head: tensors of the classification head, by Hugging Face name and in torch's layout; none where the base's own
-            is used.
+        config: X-LoRA settings.
+        classifier: (weight [inputs, outputs], bias [outputs]) of each linear layer, in order, in stored dtypes.
+        adapters: expert name to directory or hub id, in the order of the classifier's outputs; None for an expert that
+            was not found.
+        layer_names: adapted layers in the order of their numbers; None if the checkpoint doesn't store them.
+        extras: other settings: `task_type`, `base_model_name_or_path`, `peft_version`, ...
+        head: tensors of the classification head, by Hugging Face name and in torch's layout; empty if the base's own
+            head is used.
     """
 
     directory: Path
@@ -65,13 +85,13 @@ class XLoraCheckpoint:
 
 
 PEFT_PREFIX = "base_model.internal_xlora_classifier."
-# PEFT loads every tensor of the file into the module of that name: so a head can stand there under its own.
+# PEFT loads every tensor of the file into the module of that name, so a head can be stored under its module's name.
 PEFT_HEAD_PREFIX = "base_model.lora_model.model."
 
 
 @dataclass(frozen=True)
 class ClassifierNames:
-    """Names of the linear layers. Activation and dropout take numbers too where modules stand in one sequence."""
+    """Names of the linear layers. In a `Sequential`, activations and dropouts take numbers too."""
 
     inner: str
     last: str
@@ -95,7 +115,7 @@ CLASSIFIER_NAMES: dict[Layout, ClassifierNames] = {
 
 
 def classifier_tensors(layout: Layout, config: XLoraConfig, classifier: Sequence[Linear]) -> dict[str, NDArray[Any]]:
-    """The classifier under the layout's names, in torch's orientation."""
+    """Return the classifier's tensors under the layout's names, in torch's orientation."""
     tensors: dict[str, NDArray[Any]] = {}
     names = CLASSIFIER_NAMES[layout].names(config.xlora_depth, config.xlora_dropout_p)
     for name, (weight, bias) in zip(names, classifier, strict=True):
@@ -105,14 +125,14 @@ def classifier_tensors(layout: Layout, config: XLoraConfig, classifier: Sequence
     return tensors
 
 
-# PEFT's class of models for these can't hold an X-LoRA (0.21.2: TypeError), its general one can: so in PEFT's settings
-# there is none, and the ordering file keeps it.
+# Task types whose PEFT model class can't hold an X-LoRA (0.21.2: TypeError). PEFT's general class can, so the task type
+# is left out of PEFT's settings and kept in the ordering file.
 UNHELD_TASKS = ("TOKEN_CLS",)
 
 
 @dataclass(frozen=True)
 class Ordering:
-    """The content of an ordering file: expert names, adapted layers by number, PEFT's task type; None where absent."""
+    """The contents of an ordering file: expert names, adapted layers by number, PEFT's task type; None if absent."""
 
     names: Sequence[str] | None = None
     layers: Sequence[str] | None = None
@@ -120,7 +140,7 @@ class Ordering:
 
 
 def read_ordering(directory: Path) -> Ordering:
-    """Read the ordering file of a directory; an empty one if there is no such file."""
+    """Read the ordering file of a directory; without a file, all fields are None."""
     path = file_in(directory, ORDERING_FILE)
     if path is None:
         return Ordering()

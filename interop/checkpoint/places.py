@@ -1,4 +1,4 @@
-"""Find the experts of a checkpoint on disk."""
+"""Search for the experts of a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import is_hub_id
 
+__all__ = ["find_expert", "find_original_expert", "folders_of_experts", "repoint"]
+
 _MAX_PATH = 4096
 _MAX_NAME = 200
 
 
 def find_expert(directory: Path, path: str) -> str | None:
-    """Where the expert is that a checkpoint in PEFT's layout gives as `path`.
+    """Return the place of the expert that a checkpoint in PEFT's layout gives as `path`, or None if it is not found.
 
-    That is the folder of the checkpoint that the path ends in (the directory may have moved, its experts with it), else
-    the path itself if there is a directory, else a hub id.
+    The folder of the checkpoint that matches the end of the path comes first, because the checkpoint may have been
+    moved with its experts. Then comes the path itself, if it is a directory; then a hub id.
     """
-    # No file system takes longer paths; a name that is too long, or holds a zero, is no directory's either.
+    # No file system has longer paths or names, or names with a null character.
     if len(path) > _MAX_PATH:
         raise FormatError(f"{directory}: an expert's path has {len(path)} characters; expected at most {_MAX_PATH}.")
     parts = Path(path).parts
-    # Nothing named `..` or the root is inside the checkpoint: only the parts after the last of them are looked for.
+    # The root and `..` lead out of the checkpoint, so only the parts after them are searched for.
     start = 1 + max((i for i, part in enumerate(parts) if part in (os.sep, "..")), default=-1)
     try:
         for first in range(start, len(parts)):
             inside = directory.joinpath(*parts[first:])
-            # PEFT's own folders in a checkpoint are called 0, 1, ... and hold no adapters.
+            # The folders 0, 1, ... that PEFT writes into a checkpoint hold no adapters.
             plausible = not (first == len(parts) - 1 and parts[first].isdigit())
             if plausible and (inside / ADAPTER_CONFIG_FILE).is_file():
                 return str(inside)
@@ -43,7 +45,7 @@ def find_expert(directory: Path, path: str) -> str | None:
 
 
 def find_original_expert(directory: Path, name: str, path: object) -> str | None:
-    """Find an expert of the original layout or of mistral.rs's; None where it is not to be found."""
+    """Return the place of an expert in the original layout or in mistral.rs's, or None if it is not found."""
     if name != Path(name).name or name == ".." or len(os.fsencode(name)) > _MAX_NAME:
         raise FormatError(f"{directory}: the expert {name!r} is no folder's name.")
     if (directory / name / ADAPTER_CONFIG_FILE).is_file():
@@ -54,7 +56,7 @@ def find_original_expert(directory: Path, name: str, path: object) -> str | None
 
 
 def folders_of_experts(directory: Path) -> list[str]:
-    """The original loader's order where the settings don't name the experts: that of the folders' names."""
+    """Return the experts' folders sorted by name, the original loader's order if the settings name no experts."""
     names = sorted(entry.name for entry in directory.iterdir() if (entry / ADAPTER_CONFIG_FILE).is_file())
     if names:
         warnings.warn(
@@ -67,11 +69,11 @@ def folders_of_experts(directory: Path) -> list[str]:
 
 
 def repoint(directory: str | os.PathLike[str]) -> None:
-    """Rewrites the experts' paths of a checkpoint in PEFT's layout after it was moved, so that PEFT finds them.
+    """Rewrite the experts' paths of a checkpoint in PEFT's layout after a move, so that PEFT finds them.
 
     Raises:
-        FormatError: not a checkpoint in PEFT's layout, or an expert that is neither in the directory nor where its path
-            says.
+        FormatError: the directory is not a checkpoint in PEFT's layout, or an expert is neither in the directory nor at
+            its path.
     """
     directory = Path(directory).resolve()
     path = file_in(directory, ADAPTER_CONFIG_FILE)

@@ -1,4 +1,4 @@
-"""X-LoRA checkpoints as data: PEFT's layout, the original one, and the one that mistral.rs reads; in and out.
+"""Reading of X-LoRA checkpoints in any layout.
 
 | layout | settings | classifier | experts |
 |---|---|---|---|
@@ -6,14 +6,9 @@
 | xlora | xlora_config.json | xlora_classifier.safetensors or .pt | folders by name |
 | mistralrs | xlora_config.json | xlora_classifier.safetensors | <name>.safetensors and <name>.json |
 
-What is written here has, in every layout, `xlora_ordering.json` beside: mistral.rs's ordering file, with the experts'
-names and the numbers of the adapted layers. PEFT wants experts named "0", "1", ..., so there it keeps the names.
-
-PEFT takes the experts' paths from its JSON as they stand, relative to the working directory, and ignores the argument
-`adapters=` of `PeftModel.from_pretrained` (it reads `config=`). So they are written as absolute paths, and where the
-directory has moved `repoint` rewrites them: `python -c "import interop; interop.repoint('DIR')"`.
-
-Axis legend: D hidden size, S classifier size, N experts, L adapted layers.
+Every checkpoint that this library writes also has `xlora_ordering.json`, mistral.rs's ordering file, with the experts'
+names and the numbers of the adapted layers. PEFT requires experts named "0", "1", ..., so in its layout only this file
+has the names.
 """
 
 from __future__ import annotations
@@ -51,27 +46,21 @@ from interop.storage.tensors import (
 )
 from xlora_jax.config import XLoraConfig
 
+__all__ = ["read_xlora"]
+
 _MAX_DEPTH = 1000
 _FIELDS = tuple(field.name for field in dataclasses.fields(XLoraConfig))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where each linear layer of the classifier stands in a layout
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def read_xlora(directory: str | os.PathLike[str]) -> XLoraCheckpoint:
-    """Reads an X-LoRA checkpoint of any layout.
+    """Read an X-LoRA checkpoint of any layout.
 
     Args:
-        directory: of the checkpoint; for a hub id see `interop.storage.hub.resolve`.
+        directory: directory of the checkpoint; for a hub id see `interop.storage.hub.resolve`.
 
     Raises:
-        FileNotFoundError: no X-LoRA checkpoint there.
-        FormatError: one that is broken, incomplete, or can't be expressed; the message names file, tensor or field.
+        FileNotFoundError: the directory has no X-LoRA checkpoint.
+        FormatError: the checkpoint is broken, incomplete or not supported; the message names file, tensor or field.
     """
     directory = Path(directory)
     ordering = read_ordering(directory)
@@ -87,7 +76,7 @@ def read_xlora(directory: str | os.PathLike[str]) -> XLoraCheckpoint:
     )
 
 
-# Fields of PEFT's configs beside the 13, without effect on the forward pass.
+# Fields of PEFT's config beyond the 13, without effect on the forward pass.
 _PEFT_EXTRAS = (
     "peft_type", "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"
 )  # fmt: skip
@@ -96,7 +85,7 @@ _NEUTRAL: tuple[object, ...] = (None, False, "", [], {})
 
 
 def _split(content: Mapping[str, Any], known: Sequence[str], where: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The 13 fields, and the others. Raises FormatError for one that is known to neither, unless it says nothing."""
+    """Return the 13 fields, and the others; raise FormatError for an unknown field with a value that is not empty."""
     fields = {name: value for name, value in content.items() if name in _FIELDS}
     extras = {name: value for name, value in content.items() if name not in _FIELDS}
     for name, value in extras.items():
@@ -165,11 +154,11 @@ def _without_prefix(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def _recovered(directory: Path, missing: Sequence[str]) -> dict[str, LazyTensor]:
-    """The tensors that PEFT left out of the checkpoint's file, from the folders that it writes beside.
+    """Return the tensors that PEFT left out of the checkpoint's file, from the numbered folders beside the file.
 
-    PEFT 0.20 and later leave out every tensor with `.{name of an adapter}.` in its key when they save the X-LoRA
-    adapter, and experts are named by numbers. Saving expert i, they take `.i` out of the keys instead: so slot i
-    stands in the folder of expert i, without its number.
+    When PEFT 0.20 and later save the X-LoRA adapter, they leave out every tensor with `.{name of an adapter}.` in its
+    key, and experts are named by numbers. When they save expert i, they remove `.i` from the keys instead. So layer i
+    of the classifier is in the folder of expert i, without its number.
     """
     found: dict[str, LazyTensor] = {}
     for name in missing:
@@ -229,7 +218,7 @@ def _read_original(directory: Path, config_path: Path, ordering: Ordering) -> XL
     if path is None:
         raise FileNotFoundError(f"{directory}: no {' or '.join(candidates)}.")
     tensors = open_file(path)
-    # Up to depth 2 the classifier's tensors have the same names in both; there the experts' files tell.
+    # Up to depth 2 the classifier's tensors have the same names in both layouts; the experts' files differ.
     consecutive = "inner.1.weight" in tensors
     flat = config.xlora_depth <= 2 and any(str(place).endswith(".safetensors") for place in adapters.values())
     layout: Layout = "mistralrs" if consecutive or flat else "xlora"
@@ -285,21 +274,9 @@ def _read_classifier(
 
 
 def _outputs(config: XLoraConfig, experts: int, layers: Sequence[str] | None, weight: LazyTensor) -> int:
-    """What the last layer's outputs must be; any multiple of the experts where the number of layers isn't known."""
+    """Return the required outputs of the last layer; any multiple of the experts if the layer count is unknown."""
     if not config.layerwise_scalings:
         return experts
     if layers is not None:
         return experts * len(layers)
     return math.prod(weight.shape[:1]) // experts * experts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The experts' places
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The classifier alone, from and to torch

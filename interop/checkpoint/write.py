@@ -1,7 +1,7 @@
-"""Write X-LoRA checkpoints in any layout.
+"""Writing of X-LoRA checkpoints in any layout.
 
-PEFT takes the experts' paths from its JSON, relative to the working directory, and ignores the argument `adapters=` of
-`PeftModel.from_pretrained` (it reads `config=`). So paths are written absolute. After a move
+PEFT reads the experts' paths from `adapter_config.json`, relative to the working directory, and ignores the argument
+`adapters=` of `PeftModel.from_pretrained` (`config=` works). So the paths are written as absolute paths. After a move,
 :func:`~interop.checkpoint.places.repoint` rewrites them.
 """
 
@@ -44,6 +44,8 @@ from interop.storage.tensors import write_safetensors
 from xlora_jax.atomic import replace_text
 from xlora_jax.config import XLoraConfig
 
+__all__ = ["write_xlora"]
+
 
 def write_xlora(
     directory: str | os.PathLike[str],
@@ -58,23 +60,23 @@ def write_xlora(
     head: Mapping[str, NDArray[Any]] | None = None,
     num_labels: int | None = None,
 ) -> None:
-    """Writes a self-contained checkpoint: settings, classifier, experts, their names, a model card.
+    """Write a self-contained checkpoint: settings, classifier, experts, their names, a model card.
 
     Args:
-        directory: created, or replaced as a whole if it holds an earlier save of this function.
+        directory: directory to create, or to replace as a whole if it holds an earlier save of this function.
         layout: "peft", "xlora" (the original) or "mistralrs".
-        config: settings. `adapters` in it is not used.
-        classifier: (kernel [inputs, outputs], bias [outputs]) of its linear layers, in order.
-        adapters: the experts, in the order of the classifier's outputs.
-        base_model: the base's directory or hub id, as the settings shall name it.
-        layer_names: the adapted layers in the order of their numbers, by Hugging Face module path.
+        config: X-LoRA settings; their `adapters` are not used.
+        classifier: (kernel [inputs, outputs], bias [outputs]) of each linear layer, in order.
+        adapters: adapters of the experts, in the order of the classifier's outputs.
+        base_model: directory or hub id of the base model, written into the settings as it is.
+        layer_names: adapted layers in the order of their numbers, by Hugging Face module path.
         extras: further fields for PEFT's settings: `task_type`, `revision`, `auto_mapping`.
         head: tensors of a classification head that is not the base's own, by Hugging Face name and in torch's layout.
-            The experts are written without theirs: PEFT's X-LoRA can't load such.
+            The experts are written without heads, because PEFT's X-LoRA can't load adapters with heads.
         num_labels: number of classes of `head`, for the card.
 
     Raises:
-        FormatError: what doesn't fit together, or what the layout can't express.
+        FormatError: the arguments don't fit together, or the layout can't express the model.
         FileExistsError: the directory holds something else.
     """
     target = Path(directory).expanduser().resolve()
@@ -142,7 +144,7 @@ def check_target(directory: str | os.PathLike[str]) -> None:
 
 
 def _owned(target: Path) -> list[str]:
-    """What an earlier save left there; nothing, so that nothing is replaced, where there was none."""
+    """Return the entries that an earlier save wrote; empty if there was no earlier save."""
     try:
         names = read_ordering(target).names if target.is_dir() else None
     except FormatError:
@@ -299,7 +301,7 @@ def _write_mistralrs(
     config, classifier = _as_wide_as_hidden(config, classifier)
     files = {
         XLORA_CONFIG_FILE: _original_settings(config, adapters, base_model)
-        | {"xlora_dropout_p": 0.0},  # mistral.rs applies the classifier's dropout when it generates
+        | {"xlora_dropout_p": 0.0},  # mistral.rs applies the classifier's dropout in generation
         **{f"{adapter.name}.json": _mistralrs_expert(adapter, adapters[0], layer_names) for adapter in adapters},
     }
     for name, content in files.items():
@@ -312,9 +314,9 @@ def _write_mistralrs(
 
 
 def _as_wide_as_hidden(config: XLoraConfig, classifier: Sequence[Linear]) -> tuple[XLoraConfig, Sequence[Linear]]:
-    """Widen the classifier's inner layers to the hidden size, by units that are always zero.
+    """Widen the classifier's inner layers to the hidden size with units that are always zero.
 
-    mistral.rs 0.9.5 builds the last layer for inputs of the hidden size, whatever `xlora_size` says.
+    mistral.rs 0.9.5 builds the last layer for inputs of the hidden size, whatever `xlora_size` is.
     """
     if config.xlora_depth == 1 or config.xlora_size == config.hidden_size:
         return config, classifier
@@ -331,7 +333,7 @@ def _as_wide_as_hidden(config: XLoraConfig, classifier: Sequence[Linear]) -> tup
     return dataclasses.replace(config, xlora_size=config.hidden_size), wide
 
 
-# Modules that mistral.rs adapts, by its source (0.9.5), for each kind of model.
+# Modules that mistral.rs adapts in each kind of model, from its source (0.9.5).
 _MISTRALRS_MODULES = {
     "Llama, Mistral, Mixtral, Gemma": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "Phi 2": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
@@ -342,7 +344,7 @@ _BLOCK_MODULE = re.compile(r"model\.layers\.(?P<block>\d+)\.(?:self_attn|mlp)\.(
 
 
 def _mistralrs_expert(adapter: LoraAdapter, first: LoraAdapter, layer_names: Sequence[str]) -> dict[str, Any]:
-    """The adapter's config, in the four fields that mistral.rs reads."""
+    """Return the adapter's config in the fields that mistral.rs reads."""
     where = f"layout 'mistralrs': the expert {adapter.name!r}"
     if adapter.layers.keys() != set(layer_names):
         other = sorted(set(layer_names) - adapter.layers.keys())
@@ -371,6 +373,6 @@ def _mistralrs_expert(adapter: LoraAdapter, first: LoraAdapter, layer_names: Seq
     if len(settings) > 1:
         raise FormatError(f"{where} has layers of different (rank, scale), {sorted(settings)}; there it has one.")
     rank, scale = settings.pop()
-    # alpha / r is the only scale there: rsLoRA's is written as an alpha that gives it.
+    # mistral.rs knows only the scale alpha / r, so rsLoRA's scale is written as the alpha that gives it.
     plain = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(modules)}
     return adapter_config(adapter) | plain | {"r": rank, "lora_alpha": scale * rank}

@@ -1,7 +1,8 @@
-"""The one place that calls transformers' `Auto*` classes: code that lies beside a model is never run, nor asked about.
+"""The only module that calls transformers' `Auto*` classes. Code in a model's directory is never run.
 
-Without `trust_remote_code=False` transformers asks at the terminal, and takes a `y` on standard input for consent. It
-also reads a tokenizer's files wherever links lead. Here links are refused as those of weights are.
+Without `trust_remote_code=False`, transformers asks at the terminal, and takes a `y` on standard input as consent. It
+also follows links of a tokenizer's files to any place. Here, links that leave the directory are refused, as those of
+weights are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["encode_text", "load_hf_config", "load_tokenizer", "warn_of_added_tok
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE_FOLDER = "additional_chat_templates"
-# Whatever a tokenizer of transformers may read: vocabularies, merges, models of sentencepiece and tiktoken, templates.
+# Suffixes of all files that tokenizers read: vocabularies, merges, sentencepiece and tiktoken models, templates.
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm"}
 _MAX_TOKENIZER_BYTES = 256 * 2**20
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "spm*", "*.bpe")
@@ -31,7 +32,7 @@ def load_hf_config(directory: Path) -> Any:
     """Load the config of a model's directory as an object of transformers.
 
     Raises:
-        Exception: transformers' own; the caller knows which field it had checked.
+        Exception: an error of transformers, of any type.
     """
     return _from_pretrained("AutoConfig", directory)
 
@@ -40,7 +41,7 @@ def load_tokenizer(base: str | Path, **hub_options: Any) -> Any:
     """Load the tokenizer of a model.
 
     Args:
-        base: directory or hub id.
+        base: directory or hub id of the model.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
@@ -48,8 +49,8 @@ def load_tokenizer(base: str | Path, **hub_options: Any) -> Any:
 
     Raises:
         FileNotFoundError: the directory has no tokenizer.
-        FormatError: a file that is broken, a link that leaves the directory, or a tokenizer that needs code of its
-            own; the message names the file.
+        FormatError: a file is broken, a link leaves the directory, or the tokenizer needs its own code; the message
+            names the file.
     """
     directory = resolve(base, **hub_options)
     files = _checked_files(directory)
@@ -74,11 +75,11 @@ def load_tokenizer(base: str | Path, **hub_options: Any) -> Any:
 
 
 def warn_of_added_tokens(tokenizer: Any, vocab_size: int | None) -> None:
-    """Warn of tokens of a tokenizer that the base has no rows for.
+    """Warn of tokens that have no row in the base's embedding.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        vocab_size: V, rows of the base's embedding; None if unknown.
+        tokenizer: transformers tokenizer.
+        vocab_size: V, number of rows of the base's embedding; None if unknown.
     """
     if not vocab_size:
         return
@@ -101,7 +102,7 @@ def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[
     """
     try:
         return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-    except Exception as error:  # the tokenizers library has no class of errors
+    except Exception as error:  # the tokenizers library has no error class of its own
         raise FormatError(
             f"{getattr(tokenizer, 'name_or_path', '')}: the tokenizer fails on the text {brief(text)} "
             f"({brief(str(error), 300)}); is its vocabulary whole? Download or save it again."
@@ -117,7 +118,10 @@ def _from_pretrained(kind: str, directory: Path) -> Any:
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Some classes of transformers load others without `trust_remote_code`: with no time to ask, these fail."""
+    """Keep transformers from asking for consent.
+
+    Some of its classes load others without `trust_remote_code`. With a timeout of zero, these fail without a question.
+    """
     from transformers import dynamic_module_utils
 
     before = getattr(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0)
@@ -129,7 +133,7 @@ def _no_questions() -> Iterator[None]:
 
 
 def _checked_files(directory: Path) -> list[Path]:
-    """The files that a tokenizer may be read from, after a look at where each of them really is."""
+    """Return the files that a tokenizer may be read from, after a check of their links and sizes."""
     names = sorted(entry.name for entry in directory.iterdir() if entry.suffix in _SUFFIXES and not entry.is_dir())
     found = [path for name in names if (path := file_in(directory, name)) is not None]
     folder = directory / _TEMPLATE_FOLDER
@@ -162,7 +166,7 @@ def _checked_config(directory: Path) -> dict[str, Any]:
 
 
 def _is_outside(directory: Path, given: str) -> bool:
-    """Whether a path leads to something that is there, and is not in the directory."""
+    """Return whether a path leads to an existing entry outside the directory."""
     try:
         places = [Path(given).resolve(), (directory / given).resolve()]
         return any(place.exists() and not place.is_relative_to(directory.resolve()) for place in places)
@@ -171,7 +175,7 @@ def _is_outside(directory: Path, given: str) -> bool:
 
 
 def _explained(directory: Path, files: Sequence[Path], config: Mapping[str, Any], error: BaseException) -> FormatError:
-    """The error with the name of the file at fault."""
+    """Return an error that names the file at fault."""
     reason = brief(f"{type(error).__name__}: {error}", 400)
     if "auto_map" in config and "code" in str(error):
         return FormatError(
@@ -195,7 +199,7 @@ def _explained(directory: Path, files: Sequence[Path], config: Mapping[str, Any]
 
 
 def _check_templates(tokenizer: Any, directory: Path) -> None:
-    """Compile the chat templates: a broken one is known before anything else is loaded."""
+    """Compile the chat templates, so that a broken one is found before anything else is loaded."""
     import jinja2
     from transformers.utils import chat_template_utils
 
@@ -217,7 +221,7 @@ def _check_templates(tokenizer: Any, directory: Path) -> None:
 
 
 def _template_file(directory: Path, name: str = "default") -> Path:
-    """Where transformers takes a chat template from."""
+    """Return the file that transformers takes a chat template from."""
     own = directory / _TEMPLATE_FOLDER / f"{name}.jinja"
     places = (own, directory / "chat_template.jinja", directory / "chat_template.json", directory / _CONFIG)
     return next((place for place in places if place.is_file()), directory / _CONFIG)

@@ -1,4 +1,4 @@
-"""HF base checkpoints in Flax: config.json to a module, its safetensors to parameters, tensor by tensor."""
+"""HF base models in Flax: from config.json to a module, and from safetensors to parameters, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -31,11 +31,23 @@ from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["BaseOrigin", "Placer", "UnreadLeaf", "blank_head", "head_tensors", "load_base", "open_base", "save_base"]
+__all__ = [
+    "BaseOrigin",
+    "Placer",
+    "UnreadLeaf",
+    "blank_head",
+    "head_tensors",
+    "leave_in_memory",
+    "load_base",
+    "open_base",
+    "put_on_default_device",
+    "read_params",
+    "save_base",
+]
 
 Placer = Callable[[TreePath, NDArray[Any]], jax.Array]
 
-_MAX_SHARD_BYTES = 5 * 10**9  # as transformers splits
+_MAX_SHARD_BYTES = 5 * 10**9  # as in transformers
 _COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
     *("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -46,14 +58,14 @@ _OWNED = ("config.json", "model*.safetensors", "model.safetensors.index.json", *
 
 @dataclass(frozen=True)
 class BaseOrigin:
-    """Where a base model came from.
+    """Record of the files that a base model came from.
 
     Attributes:
-        name_or_path: as the user gave it.
-        directory: where its files are.
-        family: its family.
-        config: its config as transformers reads it.
-        head: the classification head that it got in place of its own, or None.
+        name_or_path: directory or hub id as the user gave it.
+        directory: directory of the model's files.
+        family: model family.
+        config: model's config as transformers reads it.
+        head: classification head that replaces the base's own, or None.
     """
 
     name_or_path: str
@@ -72,21 +84,22 @@ def load_base(
     head: Head | None = None,
     **hub_options: Any,
 ) -> BaseModel:
-    """Load an HF model: a causal language model, or one that classifies.
+    """Load an HF model: a causal language model or a classification model.
 
     Args:
-        base: directory or hub id, with config.json and safetensors (single or sharded) or a ``.bin``.
-        dtype: of parameters and computation: float32, bfloat16 or float16. None takes the one in config.json, or
-            float32.
-        scan_layers: stack the blocks (fast to compile, any depth), or stand them side by side (fast to decode).
-        place: puts each parameter where it belongs as soon as it is read, given its path and its NumPy array:
-            :func:`xlora_jax.sharding.placer` of a mesh. None puts all on the default device.
+        base: directory or hub id, with config.json and safetensors (single or sharded) or a ``.bin`` file.
+        dtype: dtype of parameters and computation: float32, bfloat16 or float16. None means the dtype in config.json,
+            or float32.
+        scan_layers: whether to stack the blocks (fast to compile, any depth), or to keep one set of arrays per block
+            (fast to decode).
+        place: function that puts each parameter on devices as soon as it is read, from its path and its NumPy array,
+            such as :func:`xlora_jax.sharding.placer` of a mesh. None puts all parameters on the default device.
         head: classification head (see :func:`interop.peft.heads.choose_head`) that replaces the head in the base's
             files; None keeps the base's own.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
-        The model; ``base_model(input_ids=..., attention_mask=...).logits``.
+        The model; ``model(input_ids, attention_mask).logits`` are its logits.
 
     Raises:
         FormatError: a file is broken, a tensor is missing, unexpected or of the wrong shape, or a config field has a
@@ -103,7 +116,7 @@ def load_base(
 def _declare(
     base: str | Path, directory: Path, dtype: jax.typing.DTypeLike | None, scan_layers: bool, head: Head | None
 ) -> tuple[Transformer, BaseOrigin]:
-    """The module that config.json describes."""
+    """Return the module that config.json describes, and the record of its files."""
     config_file = file_in(directory, "config.json")
     if config_file is None:
         raise FormatError(f"{directory}: no config.json; expected the directory of an HF base model.")
@@ -131,12 +144,12 @@ def _declare(
 
 @dataclass(frozen=True)
 class UnreadLeaf:
-    """A parameter in a file: shape and dtype are known, its values are read when NumPy asks for them.
+    """A parameter in a file. Its shape and dtype are known; its values are read when NumPy needs them.
 
     Attributes:
-        shape: as the module has it.
-        dtype: likewise.
-        read: reads the values.
+        shape: shape in the module.
+        dtype: dtype in the module.
+        read: function that reads the values.
     """
 
     shape: tuple[int, ...]
@@ -144,28 +157,28 @@ class UnreadLeaf:
     read: Callable[[], NDArray[Any]]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """The values, for `numpy.asarray`."""
+        """Return the values, for `numpy.asarray`."""
         return self.read().astype(self.dtype if dtype is None else dtype, copy=False)
 
 
 def open_base(
     base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, head: Head | None = None, **hub_options: Any
 ) -> BaseModel:
-    """Open an HF model without reading its weights: to hold adapters and checkpoints against it.
+    """Open an HF model without reading its weights, to check adapters and checkpoints against it.
 
-    Of a hub id only config.json is fetched; names and shapes of tensors are checked where the weights are there.
+    Of a hub id only config.json is fetched. Names and shapes of tensors are checked if the weights are on disk.
 
     Args:
-        base: as of :func:`load_base`.
-        dtype: likewise.
-        head: likewise.
-        **hub_options: likewise.
+        base: directory or hub id, as in :func:`load_base`.
+        dtype: dtype, as in :func:`load_base`.
+        head: classification head, as in :func:`load_base`.
+        **hub_options: options for hub ids, as in :func:`load_base`.
 
     Returns:
         A model whose parameters are instances of :class:`UnreadLeaf`.
 
     Raises:
-        FormatError: what :func:`load_base` would refuse, but for values of weights.
+        FormatError: :func:`load_base` would refuse the model, for other reasons than the values of its weights.
     """
     directory = resolve(base, files=("config.json",), **hub_options)
     module, origin = _declare(base, directory, dtype, True, head)
@@ -189,11 +202,11 @@ def open_base(
 
 
 def blank_head(base: str | Path, **hub_options: Any) -> Head:
-    """Return a classification head of zeros for an encoder that has none of its own: two classes, for a sequence.
+    """Return a head of zeros for an encoder without a classification head: two classes of sequences.
 
     Args:
-        base: directory or hub id, as of :func:`load_base`.
-        **hub_options: as of :func:`load_base`.
+        base: directory or hub id, as in :func:`load_base`.
+        **hub_options: options for hub ids, as in :func:`load_base`.
     """
     family, config = read_config(resolve(base, files=("config.json",), **hub_options) / "config.json")
     config = {**config, "architectures": [f"{family.stem}ForSequenceClassification"], "id2label": {0: "0", 1: "1"}}
@@ -208,12 +221,12 @@ def blank_head(base: str | Path, **hub_options: Any) -> Head:
 
 
 def put_on_default_device(path: TreePath, leaf: NDArray[Any]) -> jax.Array:
-    """Place a parameter without a mesh."""
+    """Put a parameter on the default device."""
     return jnp.asarray(leaf)
 
 
 def leave_in_memory(path: TreePath, leaf: NDArray[Any]) -> Any:
-    """Place a parameter nowhere: for a model that is held against something or written, and never run."""
+    """Return a parameter as it is, for a model that is only checked or written, and never run."""
     return leaf
 
 
@@ -224,12 +237,12 @@ def read_params(
     dtype: np.dtype[Any],
     place: Placer,
 ) -> dict[str, Any]:
-    """Read the parameters of ``module``, one leaf at a time: in memory beside them stands at most one stacked leaf."""
+    """Read the parameters of ``module``, one leaf at a time, with at most one more stacked leaf in memory."""
     wanted = _checked(module, origin, tensors)
     params: dict[TreePath, jax.Array] = {}
-    # The largest leaf comes first: what reading a leaf takes besides it is then largest while the model is smallest.
+    # The largest leaf comes first: its reading takes the most extra memory, and the model takes the least then.
     for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
-        # Placing is asynchronous: without waiting, the buffers of several leaves would stand beside one another.
+        # Placing is asynchronous: without waiting, the buffers of several leaves would be in memory together.
         params[path] = jax.block_until_ready(place(("base", *path), _fill(shape, sources, tensors, dtype)))
     return unflatten(params)
 
@@ -249,14 +262,14 @@ def _fill(
 def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
     """Write a base model as HF files, which transformers and :func:`load_base` read.
 
-    Parameters are written in the dtype that they have: an unchanged model loaded in its stored dtype comes back bit for
-    bit. The config is the one that was loaded, with that dtype; the tokenizer's files beside it are copied, and the
-    vision side of a multimodal model too.
+    Parameters are written in their own dtype, so an unchanged model that was loaded in its stored dtype is restored bit
+    for bit. The config is the loaded one, with that dtype. The tokenizer's files are copied, and
+    the vision side of a multimodal model.
 
     Args:
-        model: as :func:`load_base` gives it.
-        directory: created, or replaced as a whole.
-        max_shard_bytes: above this the tensors are split over several files, with an index.
+        model: model from :func:`load_base`.
+        directory: directory to create, or to replace as a whole.
+        max_shard_bytes: maximum size of one file; larger models are split over several files, with an index.
 
     Raises:
         FileExistsError: the directory holds files that this function does not write.
@@ -281,7 +294,7 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
 
 
 def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
-    """The model's tensors under their names in files, each taken off the device when its turn comes."""
+    """Return the model's tensors under their names in files; each is copied from the device when it is read."""
     origin: BaseOrigin = model.origin
     leaves = flatten(model.params)
     tensors: dict[str, LazyTensor] = {}
@@ -304,9 +317,9 @@ def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
 
 
 def head_tensors(model: BaseModel) -> dict[str, NDArray[Any]]:
-    """The classification head that a base model got in place of its own, under its names in files; else nothing.
+    """Return the head that replaced the base's own, by tensor names in files; empty if the base kept its own head.
 
-    A tensor that did not change comes as it was brought, in the dtype that it had.
+    An unchanged tensor is returned as it was loaded, in its stored dtype.
     """
     origin: BaseOrigin = model.origin
     if origin.head is None:
@@ -350,12 +363,12 @@ class _Source:
     order: tuple[int, ...]
 
     def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in files of a tensor that has ``shape`` here."""
+        """Return the shape in files of a tensor with ``shape`` here."""
         return tuple(shape[axis] for axis in np.argsort(self.order)) if self.order else shape
 
 
 def _sources(module: Transformer, family: Family) -> dict[TreePath, tuple[tuple[int, ...], list[_Source]]]:
-    """For each leaf of the parameters its shape, and the tensors that it comes from."""
+    """Return, for each leaf of the parameters, its shape and the tensors that fill it."""
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
     wanted: dict[TreePath, tuple[tuple[int, ...], list[_Source]]] = {}
     for placed in family.modules(module):
@@ -372,10 +385,10 @@ def _sources(module: Transformer, family: Family) -> dict[TreePath, tuple[tuple[
 def _as_stored(
     module: Transformer, origin: BaseOrigin, tensors: Mapping[str, LazyTensor]
 ) -> tuple[Transformer, Mapping[str, LazyTensor]]:
-    """Return the module that the tensors are for, and its tensors under their full names.
+    """Return the module that fits the tensors, and its tensors under their full names.
 
-    As in transformers, a head that the file stores beside a tied table is used if it differs from the table, a tied
-    table may be stored as the head only, and heads of other tasks are not used.
+    As in transformers: if the file stores both a tied table and a head, the head is used if it differs from the table;
+    a tied table may be stored as the head only; heads of other tasks are not used.
     """
     family, where = origin.family, origin.directory
     if unread := [name for name in tensors if family.is_unread(name)]:
@@ -388,7 +401,7 @@ def _as_stored(
         )
     tensors = {family.as_written(name): tensor for name, tensor in tensors.items() if not family.is_unread(name)}
     if not any(name.startswith(family.prefix) for name in tensors):
-        # Saved from the class without an output head, as the hub's gpt2 is: its names start one part later.
+        # Files saved from the class without an output head, such as the hub's gpt2, lack the first part of the names.
         head = f"{family.in_file('lm_head')}."
         tensors = {name if name.startswith(head) else family.prefix + name: t for name, t in tensors.items()}
     for old, new in family.formerly:
@@ -429,14 +442,14 @@ def _class_of(module: Transformer, origin: BaseOrigin) -> str:
 
 
 def _in_memory(name: str, array: NDArray[Any], origin: BaseOrigin) -> LazyTensor:
-    """A head's tensor as if it stood in the base's files."""
+    """Return a head's tensor in the form of a tensor from the base's files."""
     return LazyTensor(name, origin.directory, array.dtype, array.shape, lambda: array)
 
 
 def _checked(
     module: Transformer, origin: BaseOrigin, tensors: Mapping[str, LazyTensor]
 ) -> dict[TreePath, tuple[tuple[int, ...], list[_Source]]]:
-    """Return where each leaf of the parameters comes from, after a check of all tensors, before any is read."""
+    """Return the tensors that fill each leaf of the parameters, after a check of all tensors, before any is read."""
     family, where, kind = origin.family, origin.directory, _class_of(module, origin)
     wanted = _sources(module, family)
     names = {source.tensor for _, sources in wanted.values() for source in sources}

@@ -1,7 +1,7 @@
-"""config.json of a base model: what transformers makes of it, after a check of what it takes without a look.
+"""Reading of a base model's config.json: checks of fields that transformers does not check, then transformers' config.
 
-transformers fills fields that are missing with defaults of its own, and takes sizes as they come. Sizes decide how much
-is built before a tensor's shape can object, so they are held to what any model has first.
+transformers fills missing fields with its own defaults and accepts any sizes. Sizes decide how much is built before the
+shape of a tensor can disagree. So they are first checked against the largest sizes that any model has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["BASE_CONFIG_FILE", "read_config"]
 
 BASE_CONFIG_FILE = "config.json"
 _WIDTH, _COUNT = 2**30, 1000
-# The largest value that each may have.
+# Largest allowed value of each field.
 _SIZES = {
     **dict.fromkeys(("intermediate_size", "hidden_dim", "n_inner", "ffn_dim", "vocab_size"), _WIDTH),
     **dict.fromkeys(("hidden_size", "n_embd", "dim"), 2**20),
@@ -34,7 +34,7 @@ _SIZES = {
     **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), _COUNT),
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Without these a config says nothing about the model: transformers would put in those of one that it likes.
+# If these are missing, transformers uses the sizes of some other model.
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -42,7 +42,7 @@ _QUANTIZED = re.compile(r"[-_.](?:unsloth-)?(?:bnb|awq|gptq|hqq|int|fp|\d-?bit|w
 
 
 def _unquantized(content: Mapping[str, Any], path: Path) -> str:
-    """Return the name of the model that a quantized one was made from, as far as a name tells."""
+    """Return the name of the original of a quantized model, for an error message; empty if no name tells it."""
     in_hub_cache = path.parent.parent.parent.name.removeprefix("models--").replace("--", "/")
     for name in (content.get("_name_or_path"), in_hub_cache, path.parent.name):
         if isinstance(name, str) and (plain := _QUANTIZED.sub("", name)) not in ("", name):
@@ -54,11 +54,11 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
     """Read a base model's config.json.
 
     Returns:
-        Its family, and its config as transformers reads it.
+        The model's family, and its config as transformers reads it.
 
     Raises:
-        FormatError: not a JSON object, of an unknown family, or a field that is missing or no such thing; the message
-            names file and field, what was expected and what was found.
+        FormatError: the file is not a JSON object, the family is unknown, or a field is missing or invalid. The message
+            names file and field, the expected value and the value found.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING

@@ -20,9 +20,9 @@ _READ = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("max_new_tokens", "num_return_sequences", "eos_token_id", "pad_token_id"),
 )
-# How transformers fills what the file leaves open, where that is not our default.
+# Defaults of transformers for fields that the file leaves out, if they differ from ours.
 _DEFAULTS = {"top_k": 50}
-# The value at which a field that is not implemented changes nothing.
+# Values of unimplemented fields that have no effect, besides null.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -56,22 +56,22 @@ def load_generation_config(
     changes: Mapping[str, Any] | None = None,
     **hub_options: Any,
 ) -> GenerationConfig:
-    """Read the defaults of ``generate`` that come with an HF model.
+    """Read the generation settings that come with an HF model.
 
     Args:
-        base: directory or hub id. Without a ``generation_config.json`` the end of sequence and the padding token are
+        base: directory or hub id. Without a ``generation_config.json``, the end-of-sequence and padding tokens are
             those of its config.json, as in transformers.
-        file: a file to read in place of the model's ``generation_config.json``.
-        changes: fields to set, by the names of the file or of :class:`~xlora_jax.GenerationConfig`; they come before
-            the check of the file's values.
+        file: file to read in place of the model's ``generation_config.json``.
+        changes: fields to set, by the names in the file or of :class:`~xlora_jax.GenerationConfig`. They replace the
+            file's values before the check.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
-        The settings; ``dataclasses.replace`` changes some of them. ``max_length`` is not read: the length is the
-        caller's. With ``do_sample`` false a setting that no draw could have is left out, as in transformers.
+        The settings; ``dataclasses.replace`` changes some of them. ``max_length`` is not read, because the caller
+        decides the length. If ``do_sample`` is false, invalid settings of a draw are left out, as in transformers.
 
     Raises:
-        FormatError: a field has a value that is not implemented, or without meaning; the message names it.
+        FormatError: a field has a value that is invalid or not implemented; the message names the field.
     """
     if file is not None:
         path = Path(file).expanduser()
@@ -102,7 +102,7 @@ def load_generation_config(
     if read.get("do_sample"):
         read = {**_DEFAULTS, **read}
     else:
-        # No draw, no meaning: transformers decodes greedily, whatever these say.
+        # Without a draw these fields have no effect: transformers decodes greedily.
         given = set(_READ) - set(_OF_A_DRAW) | changes.keys()
         read = {name: value for name, value in read.items() if name in given or _means(name, value)}
     read |= {name: changes[name] for name in changes.keys() & ours - set(_READ)}
@@ -118,7 +118,7 @@ _OF_A_DRAW = ("temperature", "top_k", "top_p", "min_p")
 
 
 def _means(name: str, value: Any) -> bool:
-    """Return whether a setting of a draw has a meaning."""
+    """Return whether a setting of a draw has a valid value."""
     try:
         GenerationConfig(**{name: value}).settings()
     except (TypeError, ValueError):
@@ -127,7 +127,7 @@ def _means(name: str, value: Any) -> bool:
 
 
 def _check_kind(path: Path, name: str, value: Any) -> None:
-    """Refuse a value of another type than the field has."""
+    """Raise FormatError for a value of the wrong type."""
     kind: tuple[type, ...] = (int,)
     expected = "a whole number"
     if name == "do_sample":
@@ -140,7 +140,7 @@ def _check_kind(path: Path, name: str, value: Any) -> None:
 
 
 def _stored_fields(base: str | Path, **hub_options: Any) -> tuple[Path, dict[str, Any]]:
-    """Return the fields that come with a model, and the file that they are from."""
+    """Return a model's generation fields, and the file that they are from."""
     directory = resolve(base, **hub_options)
     path = file_in(directory, "generation_config.json")
     if path is not None:

@@ -17,9 +17,9 @@ class Head:
     """A classification head.
 
     Attributes:
-        owner: name of the adapter or checkpoint that brings the head, for messages.
-        task_type: PEFT's task type, SEQ_CLS or TOKEN_CLS; with another one the base's own class tells the task.
-        tensors: by Hugging Face name (`score.weight`), in torch's layout.
+        owner: name of the adapter or checkpoint that the head belongs to, for messages.
+        task_type: PEFT's task type, SEQ_CLS or TOKEN_CLS; with any other value the base's own class decides the task.
+        tensors: tensors by Hugging Face name (`score.weight`), in torch's layout.
     """
 
     owner: str
@@ -27,7 +27,7 @@ class Head:
     tensors: Mapping[str, NDArray[Any]] = field(repr=False)
 
     def equals(self, other: Head | None) -> bool:
-        """Return whether both heads are the same, value by value."""
+        """Return whether all tensors of both heads are equal."""
         return (
             other is not None
             and self.task_type == other.task_type

@@ -1,7 +1,7 @@
-"""A process that renders chat templates, so that one without end, or without measure, can be ended from outside.
+"""A process that renders chat templates, so that a template that runs forever can be killed from outside.
 
-Run as a script; it imports neither JAX nor this package. Requests and answers are lines of JSON on standard input and
-output: ``{"template", "variables", "messages", "tools", "prefixes"}`` gives ``{"texts": [[text, error], ...]}``.
+It runs as a script, and imports neither JAX nor this package. Requests and answers are lines of JSON on standard input
+and output: ``{"template", "variables", "messages", "tools", "prefixes"}`` gives ``{"texts": [[text, error], ...]}``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import os
 import sys
 from typing import Any
 
-# Far more than any chat, far less than any machine has.
+__all__ = ["CHARACTERS", "MEMORY", "limit_memory", "main", "render"]
+
+# Limits far above the needs of any chat, and far below the memory of any machine.
 MEMORY = 512 << 20
 CHARACTERS = 16 << 20
 
 
 def limit_memory() -> None:
-    """Let this process have `MEMORY` bytes more than it has now, where the system can be told so."""
+    """Limit this process to `MEMORY` bytes more than it has now, if the system supports limits."""
     try:
         import resource
 
@@ -29,7 +31,7 @@ def limit_memory() -> None:
 
 
 def render(request: dict[str, Any]) -> list[tuple[str | None, str | None]]:
-    """Return each text that is asked for, or the reason why it can't be written."""
+    """Return each requested text, or the reason why the template fails."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     texts: list[tuple[str | None, str | None]] = []
@@ -42,13 +44,13 @@ def render(request: dict[str, Any]) -> list[tuple[str | None, str | None]]:
                 add_generation_prompt=answer_follows,
                 **request["variables"],
             )
-            text: str = rendered[0][0]  # (texts, spans of generation)
+            text: str = rendered[0][0]  # (texts, spans of generated text)
             text.encode()
             long = len(text) > CHARACTERS
             texts.append((None, f"it writes {len(text):,} characters") if long else (text, None))
         except MemoryError:
             texts.append((None, f"it needs more than {MEMORY >> 20} MiB of memory"))
-        except Exception as error:  # a template's errors are of any kind
+        except Exception as error:  # a template can raise errors of any kind
             texts.append((None, f"{type(error).__name__}: {error}"[:500]))
     return texts
 
@@ -56,7 +58,7 @@ def render(request: dict[str, Any]) -> list[tuple[str | None, str | None]]:
 def main() -> None:
     """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     import transformers.utils.chat_template_utils  # noqa: F401
 
     limit_memory()

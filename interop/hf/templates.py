@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers does it, but within limits of time and memory."""
+"""Rendering of chat templates as in transformers, but with limits of time and memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["TIME_LIMIT", "renderer_of"]
 TIME_LIMIT = 10.0
 """Seconds that a template may take for one record."""
 
-# Texts of a chat for which the limit is meant; a chat of many more answers gets more time.
+# Number of texts per chat that the time limit is meant for; a chat with more texts gets more time.
 _USUAL = 50
 
-# Seconds until the process that renders has imported its libraries, on a slow disk.
+# Seconds for the worker process to import its libraries, on a slow disk.
 _START_LIMIT = 300.0
 
 
 class _Worker:
-    """The process that renders (:mod:`interop.hf.template_worker`), started when needed and again after its end."""
+    """The worker process (:mod:`interop.hf.template_worker`). It is started when needed, and again after it ends."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -37,7 +37,7 @@ class _Worker:
         """Send a request and return the answer.
 
         Raises:
-            TemplateLimitError: no answer within ``limit`` seconds, or the process came to its end.
+            TemplateLimitError: there is no answer within ``limit`` seconds, or the process ended.
         """
         with self._lock:
             process = self._process or self._start()
@@ -51,7 +51,7 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         script = Path(__file__).with_name("template_worker.py")
-        # -P: the script's folder is no place to import from. The paths of this process, as it may have added some.
+        # -P keeps the script's folder out of the import path. PYTHONPATH passes on the paths of this process.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         process = subprocess.Popen(
             [sys.executable, "-P", str(script)],
@@ -66,7 +66,7 @@ class _Worker:
         return process
 
     def _exchange(self, process: subprocess.Popen[bytes], line: bytes, limit: float) -> bytes | None:
-        """Write a line and read one; None if that took too long, and nothing if the process came to its end."""
+        """Write a line and read one; return None if that took too long, and an empty line if the process ended."""
         late = threading.Event()
 
         def end() -> None:
@@ -84,7 +84,7 @@ class _Worker:
             answer = process.stdout.readline()
         except OSError:
             answer = b""
-        except BaseException:  # an interrupt: the answer that is still to come must not be taken for the next one
+        except BaseException:  # an interrupt; the late answer must not be read as the next one
             self.close()
             raise
         finally:
@@ -119,8 +119,8 @@ def renderer_of(tokenizer: Any, limit: float = TIME_LIMIT) -> Any:
     The texts are those of ``apply_chat_template(tokenize=False)``, with an empty chat allowed and nulls left out.
 
     Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        limit: seconds for the texts of one chat of usual length.
+        tokenizer: transformers tokenizer with a chat template.
+        limit: time limit, in seconds, for the texts of one chat of usual length.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -152,7 +152,7 @@ def renderer_of(tokenizer: Any, limit: float = TIME_LIMIT) -> Any:
 
 
 def _direct(tokenizer: Any) -> Any:
-    """Render in this process: a tokenizer with a method of its own, which is code of a library, no template."""
+    """Return a renderer in this process, for a tokenizer with its own method: library code, not a template."""
 
     def render(chat: Chat, prefixes: Sequence[Prefix]) -> list[str | TemplateError]:
         texts: list[str | TemplateError] = []
@@ -167,7 +167,7 @@ def _direct(tokenizer: Any) -> Any:
                         **chat.options,
                     )
                 )
-            except Exception as error:  # of any kind, as a template's
+            except Exception as error:  # errors of any kind, as for a template
                 texts.append(TemplateError(f"{type(error).__name__}: {error}"))
         return texts
 

@@ -1,4 +1,4 @@
-"""HF tokenizers as the functions that :mod:`xlora_jax.training.step.data` takes."""
+"""HF tokenizers as codecs for :mod:`xlora_jax.training.data`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["codec_of", "load_codec"]
 
 
 def load_codec(base: str | Path, **hub_options: Any) -> Codec:
-    """Load the tokenizer of an HF model directory or hub id; options as those of :func:`interop.load_base`."""
+    """Load the codec of an HF model directory or hub id; same options as :func:`interop.load_tokenizer`."""
     return codec_of(load_tokenizer(base, **hub_options))
 
 
 def codec_of(tokenizer: Any, template_seconds: float = TIME_LIMIT) -> Codec:
-    """Make a codec of a transformers tokenizer: its encoding, its chat template, the tokens that begin and end a text.
+    """Make a codec of a tokenizer: its encoding, its chat template, and the tokens at the start and end of a text.
 
-    A text begins with ``bos`` only where the tokenizer itself would put it there.
+    A text begins with ``bos`` only if the tokenizer itself adds it.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        template_seconds: seconds that the chat template may take for one record.
+        tokenizer: transformers tokenizer.
+        template_seconds: time limit, in seconds, of the chat template for one record.
     """
     template = getattr(tokenizer, "chat_template", None)
     sources = list(template.values()) if isinstance(template, dict) else [template or ""]
@@ -56,7 +56,7 @@ def _encoder(tokenizer: Any) -> Callable[[str, int], tuple[list[int], int]]:
         return _encoder_by_parts(tokenizer)
     backend = None
     if b'"trim_offsets":true' in _state_of(tokenizer.backend_tokenizer.post_processor):
-        # Its offsets leave out the spaces that a token begins or ends with: a copy that has not learnt this.
+        # This post-processor trims spaces from a token's offsets, so a copy without it is used.
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
         backend.post_processor = None
         backend.no_truncation()
@@ -69,7 +69,7 @@ def _encoder(tokenizer: Any) -> Callable[[str, int], tuple[list[int], int]]:
         else:
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        # Tokens hold their characters in order: the first that ends behind `start` is the first that reaches there.
+        # Tokens are in the order of their characters. The first that ends after `start` is the first of the answer.
         return list(ids), bisect_right([end for _, end in offsets], start)
 
     return encode
@@ -80,7 +80,7 @@ def _state_of(processor: Any) -> bytes:
 
 
 def _encoder_by_parts(tokenizer: Any) -> Callable[[str, int], tuple[list[int], int]]:
-    """Encode without offsets: what comes before an answer, and the answer, where that makes no difference."""
+    """Return an encoder that needs no offsets: it encodes the text before an answer separately, to count its tokens."""
 
     def ids_of(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))

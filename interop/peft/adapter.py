@@ -1,7 +1,7 @@
 """PEFT LoRA adapters: read into plain arrays, checked against a base model, and written back.
 
-What an adapter means is in two files: `adapter_config.json`, whose fields all stand in one table here with what is done
-about each, and the tensors, whose keys name the adapted modules. Nothing in either is dropped in silence.
+An adapter consists of `adapter_config.json`, which :mod:`interop.peft.config` reads, and of tensors, whose keys name
+the adapted modules. Nothing in either is dropped in silence.
 
 Axis legend: I inputs, O outputs, r rank, V vocabulary, D width, H and W of a kernel.
 """
@@ -28,6 +28,18 @@ from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import resolve, weights_file
 from interop.storage.tensors import LazyTensor, open_file, open_tensors, read_finite, write_safetensors
 
+__all__ = [
+    "WEIGHTS_STEM",
+    "Kind",
+    "LoraAdapter",
+    "LoraLayer",
+    "adapter_config",
+    "adapter_tensors",
+    "load_lora",
+    "save_lora",
+    "write_lora",
+]
+
 Kind = Literal["linear", "embedding", "conv"]
 
 WEIGHTS_STEM = "adapter_model"
@@ -37,21 +49,20 @@ _MAX_CONFIG_BYTES = 2 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """One adapted module. Its contribution is `scale * (x @ a @ b)`, plus `scale * bias` where there is one.
+    """One adapted module. Its contribution is `scale * (x @ a @ b)`, plus `scale * bias` if there is a bias.
 
     Attributes:
         kind: "linear", "embedding" or "conv".
         a: [I, r]; for an embedding [V, r], for a convolution [H, W, I, r]. In the stored dtype.
         b: [r, O]; for an embedding [r, D]. In the stored dtype.
         bias: [O], `lora_B`'s bias, or None.
-        r: the rank.
+        r: rank.
         alpha: LoRA's alpha.
-        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        dropout: of the module's input, in training.
-        groups: of a grouped convolution, whose B PEFT stores by group; `b` here is block-diagonal, the groups side by
-            side.
-        base_weight: the base module's own weight in torch's layout, which PEFT stores beside if an embedding is among
-            the targets. The assembler holds it against the base: an expert can't bring a changed base with it.
+        scale: LoRA scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout: dropout probability of the module's input in training.
+        groups: number of groups of a grouped convolution. PEFT stores its B by group; `b` here is block-diagonal.
+        base_weight: base module's own weight in torch's layout, which PEFT also stores if an embedding is among the
+            targets. `interop.experts` compares it with the base, because an expert can't change the base.
     """
 
     kind: Kind
@@ -72,15 +83,15 @@ class LoraAdapter:
     """A LoRA adapter.
 
     Attributes:
-        name: the user's name for it.
-        path: the directory that it was read from.
-        config: its `adapter_config.json`, whole.
-        layers: by Hugging Face module path (`model.layers.0.self_attn.q_proj`), in stored order.
-        head: tensors of the classification head that was trained along, by Hugging Face name (`score.weight`) and in
-            torch's layout; none where there was no such head.
-        base_weights: embeddings of the base that PEFT stored beside, by Hugging Face name of the tensor. The assembler
-            holds them against the base.
-        not_saved: modules that `modules_to_save` names and the file does not hold. The base must not have them.
+        name: name that the user gave.
+        path: directory that the adapter was read from.
+        config: complete contents of `adapter_config.json`.
+        layers: adapted modules by Hugging Face module path (`model.layers.0.self_attn.q_proj`), in stored order.
+        head: tensors of the classification head trained with the adapter, by Hugging Face name (`score.weight`) and in
+            torch's layout; empty if there is no such head.
+        base_weights: embeddings of the base that PEFT also stored, by Hugging Face name of the tensor.
+            `interop.experts` compares them with the base.
+        not_saved: modules that `modules_to_save` names and the file lacks. The base must not have them.
     """
 
     name: str
@@ -93,12 +104,12 @@ class LoraAdapter:
 
     @property
     def base_model_name_or_path(self) -> str | None:
-        """The base model that it was trained on, as its config says."""
+        """Name of the base model that the adapter was trained on, from its config."""
         name: str | None = self.config.get("base_model_name_or_path")
         return name
 
     def factors_only(self) -> LoraAdapter:
-        """Return the adapter without head and without weights of the base."""
+        """Return the adapter without head and without weights of the base model."""
         return replace(self, head={}, base_weights={}, not_saved=(), config={**self.config, "modules_to_save": None})
 
 
@@ -107,7 +118,7 @@ class LoraAdapter:
 
 _PREFIX = "base_model.model."
 _PATH = r"(?P<path>[\w.-]{1,512})"
-# The last group before `weight` is the adapter's name, which PEFT takes out of the keys when it saves.
+# The optional group before `weight` is the adapter's name, which PEFT removes from the keys when it saves.
 _KEYS = (
     re.compile(_PATH + r"\.(?P<part>lora_[AB])(?:\.[^.]+)?\.weight"),
     re.compile(_PATH + r"\.lora_B(?:\.[^.]+)?\.(?P<part>bias)"),
@@ -117,17 +128,17 @@ _KEYS = (
 )
 
 
-# Modules that torch.compile, FSDP, activation checkpointing, DeepSpeed and Opacus wrap around others.
+# Wrapper modules of torch.compile, FSDP, activation checkpointing, DeepSpeed and Opacus.
 _WRAPPED = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_wrapped_module|_module)\."
 )
-# Names of embeddings and output heads in transformers, which PEFT may store whole beside the factors.
+# Names of embeddings and output heads in transformers, which PEFT may store whole, in addition to the factors.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _STORED_EMBEDDING = re.compile(rf"(?:[\w.-]{{1,512}}\.)?(?:{'|'.join(_EMBEDDINGS)})\.(?:weight|bias)")
 
 
 def _short(key: str) -> str:
-    """Return a key without what training frameworks and PEFT put around the module's name."""
+    """Return a key without the parts that training frameworks and PEFT add to the module's name."""
     key = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)", "", _WRAPPED.sub("", key))
     while key.startswith(_PREFIX):
         key = key.removeprefix(_PREFIX)
@@ -137,12 +148,12 @@ def _short(key: str) -> str:
 def _split_head(
     tensors: Mapping[str, LazyTensor], heads: Sequence[str], where: str
 ) -> tuple[dict[str, NDArray[Any]], dict[str, LazyTensor]]:
-    """The tensors of a classification head, under the base's names, and the others."""
+    """Return the tensors of a classification head, under the base's names, and the other tensors."""
     head: dict[str, NDArray[Any]] = {}
     rest: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
         short = _short(key)
-        # As PEFT does: `pre_classifier` is saved as well where `classifier` is.
+        # Match ends of names, as PEFT does: if it saves `classifier`, it saves `pre_classifier` too.
         if short.split(".")[0].endswith(tuple(heads)) and re.fullmatch(r"\w+(\.\w+)?\.(weight|bias)", short):
             if len(tensor.shape) != (2 if short.endswith("weight") else 1) or 0 in tensor.shape:
                 raise FormatError(f"{where}: {key!r} has shape {list(tensor.shape)}; expected a dense layer's.")
@@ -153,7 +164,7 @@ def _split_head(
 
 
 def _not_saved(settings: AdapterSettings, tensors: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return the names in `modules_to_save` of which nothing is stored, after a check of the others."""
+    """Return the names in `modules_to_save` without stored tensors, after a check of the other names."""
     parts = {part for key in tensors for part in _short(key).split(".")}
     stored = [name for name in settings.saved if any(part.endswith(name) for part in parts)]
     if others := [name for name in stored if name not in settings.heads]:
@@ -244,13 +255,13 @@ def _read_layer(path: str, parts: Mapping[str, LazyTensor], settings: AdapterSet
 
 
 def _groups(b: LazyTensor, rank: int) -> int:
-    """The groups of a convolution, from its B [O, rank / groups, 1, 1]."""
+    """Return the number of groups of a convolution, from its B [O, rank / groups, 1, 1]."""
     groups = rank // b.shape[1]
     return groups if groups * b.shape[1] == rank and b.shape[0] % groups == 0 else 1
 
 
 def _block_diagonal(b: NDArray[Any], groups: int) -> NDArray[Any]:
-    """[r, O] from the stored [O, r / groups]: each group's outputs see its own part of the rank."""
+    """Return [r, O] from the stored [O, r / groups]: each group's outputs depend on its own part of the rank."""
     if groups == 1:
         return b.T
     width, rank = b.shape[0] // groups, b.shape[1]
@@ -262,7 +273,7 @@ def _block_diagonal(b: NDArray[Any], groups: int) -> NDArray[Any]:
 
 
 def _by_group(adapter: LoraAdapter, path: str) -> NDArray[Any]:
-    """The inverse: [O, r / groups] of a layer."""
+    """Return [O, r / groups] of a layer; the inverse of :func:`_block_diagonal`."""
     layer = adapter.layers[path]
     rank, width = (size // layer.groups for size in layer.b.shape)
     blocks = [
@@ -296,22 +307,22 @@ def _kind(first: LazyTensor, second: LazyTensor, where: str) -> Kind:
 
 
 def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **hub_options: Any) -> LoraAdapter:
-    """Reads a PEFT LoRA adapter.
+    """Load a PEFT LoRA adapter.
 
     Args:
-        dir_or_id: its directory or hub id; or its weights' file where the config stands beside under the same name
-            (`math.safetensors`, `math.json`), as mistral.rs has it.
-        name: the name that it gets; None takes the last part of `dir_or_id` (or of `subfolder`).
-        **hub_options: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, as of
+        dir_or_id: directory or hub id; or a weights file with its config beside it under the same name
+            (`math.safetensors`, `math.json`), as in mistral.rs's layout.
+        name: name of the adapter; None takes the last part of `dir_or_id` (or of `subfolder`).
+        **hub_options: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, as in
             `interop.storage.hub.resolve`.
 
     Returns:
         The adapter, with all factors in memory, in their stored dtypes.
 
     Raises:
-        FileNotFoundError: no such directory or repository, or no adapter in it.
-        FormatError: what is there is broken, incomplete, or an option that no expert can have. The message names the
-            adapter, the tensor or option, and the remedy.
+        FileNotFoundError: the directory or repository does not exist, or has no adapter.
+        FormatError: a file is broken or incomplete, or an option is not supported. The message names the adapter, the
+            tensor or option, and the remedy.
     """
     weights = weights_file(dir_or_id)
     files = (ADAPTER_CONFIG_FILE, f"{WEIGHTS_STEM}.safetensors")
@@ -345,7 +356,7 @@ def load_lora(dir_or_id: str | os.PathLike[str], *, name: str | None = None, **h
 
 
 def _hint(directory: Path) -> str:
-    """Return what a directory without an adapter's config holds instead."""
+    """Return a description of the contents of a directory without an adapter's config."""
     inside = sorted(str(path.parent.relative_to(directory)) for path in directory.glob(f"*/{ADAPTER_CONFIG_FILE}"))
     if inside:
         return f" There are adapters in its folders {listed(inside)} (PEFT saves named ones so): give one of them."
@@ -354,26 +365,26 @@ def _hint(directory: Path) -> str:
 
 
 def save_lora(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> None:
-    """Writes an adapter as a PEFT directory, which `PeftModel.from_pretrained` and `load_lora` read.
+    """Write an adapter as a PEFT directory, which `PeftModel.from_pretrained` and `load_lora` read.
 
-    The config is the original one but for what the layers changed (a rank or alpha of their own); tensors are written
-    in the dtypes that they have, so an unchanged adapter comes back bit by bit.
+    The config is the original one, with patterns for changed ranks and alphas. Tensors are written in their own dtypes,
+    so an unchanged adapter is restored bit for bit.
 
     Raises:
-        FileExistsError: the directory holds files that are no adapter's.
+        FileExistsError: the directory holds files that don't belong to an adapter.
     """
     with replacing(directory, owned=_OWNED) as partial:
         write_lora(adapter, partial)
 
 
 def write_lora(adapter: LoraAdapter, directory: Path) -> None:
-    """Writes an adapter's two files into an existing directory; `save_lora` without the replacing."""
+    """Write an adapter's two files into an existing directory, which is not replaced, unlike in `save_lora`."""
     write_json(directory / ADAPTER_CONFIG_FILE, adapter_config(adapter))
     write_safetensors(directory / f"{WEIGHTS_STEM}.safetensors", adapter_tensors(adapter))
 
 
 def adapter_tensors(adapter: LoraAdapter) -> dict[str, NDArray[Any] | LazyTensor]:
-    """The adapter's tensors under PEFT's keys, in torch's layout."""
+    """Return the adapter's tensors under PEFT's keys, in torch's layout."""
     tensors: dict[str, NDArray[Any] | LazyTensor] = {}
     for path, layer in adapter.layers.items():
         prefix = f"{_PREFIX}{path}.lora_"
@@ -394,7 +405,7 @@ def adapter_tensors(adapter: LoraAdapter) -> dict[str, NDArray[Any] | LazyTensor
 
 
 def adapter_config(adapter: LoraAdapter) -> dict[str, Any]:
-    """The adapter's config: the original, with patterns for the layers whose rank or alpha it doesn't give."""
+    """Return the adapter's original config, with patterns for layers of another rank or alpha."""
     config = dict(adapter.config)
     settings = read_settings(config, f"adapter {adapter.name!r}")
     if any(settings.of(path) != (layer.r, layer.alpha) for path, layer in adapter.layers.items()):
@@ -412,9 +423,5 @@ def adapter_config(adapter: LoraAdapter) -> dict[str, Any]:
 
 
 def _as_patterns(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Full paths as patterns. `^` keeps a short path from matching the end of a longer one."""
+    """Return full paths as patterns. `^` keeps a short path from matching the end of a longer one."""
     return {"^" + re.escape(path): value for path, value in values.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The adapter's module names, and the base's

@@ -1,6 +1,6 @@
-"""Read `adapter_config.json`.
+"""Reading of `adapter_config.json`.
 
-One table names each field that any PEFT version wrote, and whether it is read, has no effect, or is refused.
+A table lists every field that any PEFT version writes: fields that are read, have no effect, or are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from interop.peft.formats import format_of_config
 from interop.peft.patterns import first_match
 from interop.storage.errors import FormatError, brief
 
+__all__ = ["ADAPTER_CONFIG_FILE", "HEADS", "PLAIN", "TASKS", "AdapterSettings", "read_settings"]
+
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
@@ -26,12 +28,12 @@ class _Handled:
 
 @dataclass(frozen=True)
 class _NoEffect:
-    """Whatever its value, the stored A and B mean the same."""
+    """The meaning of the stored A and B does not depend on the field."""
 
 
 @dataclass(frozen=True)
 class _Refused:
-    """Any value but the neutral ones would need what isn't here."""
+    """Values other than the neutral ones are not implemented."""
 
     neutral: tuple[object, ...]
     why: str
@@ -54,12 +56,12 @@ _FIELDS: dict[str, _Handled | _NoEffect | _Refused] = {
     "lora_bias": _Handled(),
     "init_lora_weights": _Handled(),
     "ensure_weight_tying": _Handled(),
-    # What they selected shows in the stored keys.
+    # They select modules, and the stored keys name the selected modules.
     "target_modules": _NoEffect(),
     "exclude_modules": _NoEffect(),
     "layers_to_transform": _NoEffect(),
     "layers_pattern": _NoEffect(),
-    # About the base's weight, the training, or the file.
+    # They concern the base's weight, the training, or the file.
     "fan_in_fan_out": _NoEffect(),
     "velora_config": _NoEffect(),
     "eva_config": _NoEffect(),
@@ -97,17 +99,17 @@ _FIELDS: dict[str, _Handled | _NoEffect | _Refused] = {
     "enable_lora": _Refused(_NOTHING, "the merged projections of PEFT 0.2 are not supported", PLAIN),
 }
 
-# Names of classification heads in transformers. PEFT saves them whole for task_type SEQ_CLS and TOKEN_CLS: which of
-# them a model has shows in the stored keys. (DistilBERT has the first two.)
-HEADS = ("classifier", "pre_classifier", "score")
+# Names of classification heads in transformers. PEFT saves them whole for task_type SEQ_CLS and TOKEN_CLS; the stored
+# keys name the one that the model has.
+HEADS = ("classifier", "pre_classifier", "score")  # DistilBERT has the first two
 TASKS = ("SEQ_CLS", "TOKEN_CLS")
-# Initialisations that leave the base as it was. The others (pissa, olora, corda, loftq, lora_ga) change it.
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Initializations that don't change the base. The others (pissa, olora, corda, loftq, lora_ga) change it.
+_PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What `adapter_config.json` says about the forward pass, checked."""
+    """Checked fields of `adapter_config.json` that affect the forward pass."""
 
     r: int
     alpha: float
@@ -121,7 +123,7 @@ class AdapterSettings:
     heads: tuple[str, ...]
 
     def of(self, path: str) -> tuple[int, float]:
-        """Rank and alpha of the module at `path`."""
+        """Return rank and alpha of the module at `path`."""
         rank = self.rank_pattern.get(first_match(self.rank_pattern, path), self.r)
         alpha = self.alpha_pattern.get(first_match(self.alpha_pattern, path), self.alpha)
         return rank, alpha
@@ -139,7 +141,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
     for name, value in config.items():
         _check_field(name, value, where)
     _pass_over(config, where)
-    _check_initialisation(config.get("init_lora_weights"), where)
+    _check_initialization(config.get("init_lora_weights"), where)
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise FormatError(f"{where}: base_model_name_or_path should be a string, got {base!r}.")
@@ -165,7 +167,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
         bias=_read_bool(config, "lora_bias", where),
         tied=_read_bool(config, "ensure_weight_tying", where),
         saved=saved,
-        # PEFT saves these whole for a task that classifies, whatever modules_to_save says.
+        # For classification tasks PEFT saves these heads whole, whatever modules_to_save is.
         heads=tuple(name for name in HEADS if name in saved or config.get("task_type") in TASKS),
     )
 
@@ -181,12 +183,12 @@ def _read_saved(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(saved))
 
 
-# The version whose fields the table names. An unknown field of a later one may be a setting of a new kind of LoRA.
+# PEFT version of the table. An unknown field of a later version may be a setting of a new kind of LoRA.
 _KNOWN_VERSION = (0, 21)
 
 
 def _pass_over(config: Mapping[str, Any], where: str) -> None:
-    """Warn of the fields that PEFT does not know, and drops; refuse those that a later PEFT may know."""
+    """Warn of unknown fields, which PEFT ignores; raise FormatError for unknown fields that a later PEFT wrote."""
     unknown = {name: value for name, value in config.items() if name not in _FIELDS}
     unknown = {name: value for name, value in unknown.items() if not _is_one_of(value, _NOTHING)}
     if not unknown:
@@ -215,10 +217,10 @@ def _check_field(name: str, value: object, where: str) -> None:
         )
 
 
-def _check_initialisation(value: object, where: str) -> None:
+def _check_initialization(value: object, where: str) -> None:
     if isinstance(value, str):
         value = value.lower()
-    if not _is_one_of(value, _PLAIN_INITIALISATIONS):
+    if not _is_one_of(value, _PLAIN_INITIALIZATIONS):
         raise FormatError(
             f"{where}: init_lora_weights = {brief(value)} can't be an expert: that initialisation changed the base's "
             f"weights. What you can do: convert it with PEFT, save_pretrained(..., "

@@ -1,4 +1,4 @@
-"""Adapters of other programs, told by their keys, files or settings, so that an error can say what to do with them."""
+"""Recognition of other programs' adapters by their keys, files or settings, for error messages with a next step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["format_of_config", "format_of_files", "format_of_keys"]
 
 _MLX = "It is an MLX adapter (mlx_lm): fuse it with mlx_lm.fuse, or train a PEFT adapter; there is no exact conversion"
 _RETRAIN = "convert it to PEFT's layout with the tools of the program that wrote it"
-# A pattern that a key contains, and what the file is.
+# Pattern to search for in a key, and the description of such a file.
 _KEYS = (
     (
         r"\.experts\.(?:\d+\.)?\w+\.",
@@ -34,7 +34,7 @@ _KEYS = (
 
 
 def format_of_keys(keys: Iterable[str]) -> str | None:
-    """Return what program's adapter has one of these keys, and what to do, in words; None if unknown."""
+    """Describe the program whose adapters have such keys, and the next step; None if unknown."""
     keys = list(keys)
     for pattern, words in _KEYS:
         if any(re.search(pattern, key) for key in keys):
@@ -43,12 +43,12 @@ def format_of_keys(keys: Iterable[str]) -> str | None:
 
 
 def format_of_config(config: Mapping[str, Any]) -> str | None:
-    """Return what program wrote an `adapter_config.json` without `peft_type`, in words; None if unknown."""
+    """Describe the program that wrote an `adapter_config.json` without `peft_type`; None if unknown."""
     return _MLX if config.keys() & {"lora_parameters", "fine_tune_type", "lora_layers"} else None
 
 
 def format_of_files(directory: Path) -> str | None:
-    """Return what a directory without `adapter_config.json` holds, and what to do, in words; None if unknown."""
+    """Describe the contents of a directory without `adapter_config.json`, and the next step; None if unknown."""
     if (directory / "adapters.safetensors").is_file() or (directory / "adapters.npz").is_file():
         return _MLX
     if (directory / "pytorch_lora_weights.safetensors").is_file():

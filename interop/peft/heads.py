@@ -1,8 +1,8 @@
-"""Classification heads that come with adapters or a checkpoint, in place of the base's own.
+"""Classification heads of adapters or checkpoints, which replace the base's own head.
 
-PEFT trains such a head whole (`modules_to_save`) and saves it beside the factors, for the base's is random or of
-another task. A model has one head, whatever the number of its experts. PEFT's own X-LoRA can't load adapters with a
-head at all (seen with 0.21.2: KeyError); here they load, and one head is used.
+PEFT trains such a head whole (`modules_to_save`) and saves it with the factors, because the base's head is random or
+belongs to another task. A model has one head, whatever the number of its experts. PEFT's own X-LoRA can't load adapters
+with a head (0.21.2: KeyError). Here they load, and one head is used.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ __all__ = ["choose_head", "head_of"]
 
 
 def head_of(adapter: LoraAdapter) -> Head | None:
-    """Return the classification head of an adapter, or None where it brings none."""
+    """Return the classification head of an adapter, or None if it has none."""
     if not adapter.head:
         return None
     return Head(f"adapter {adapter.name!r} ({adapter.path})", adapter.config.get("task_type"), adapter.head)
 
 
 def choose_head(adapters: Sequence[LoraAdapter], expert: str | None = None) -> Head | None:
-    """Choose the head of an X-LoRA model from those that its experts bring.
+    """Choose the head of an X-LoRA model among the heads of its adapters.
 
     Args:
-        adapters: the experts.
-        expert: name of the one whose head to use; None where all that bring one bring the same.
+        adapters: adapters of the experts.
+        expert: name of the expert whose head to use; None takes the head the adapters share.
 
     Returns:
-        The head, or None where no expert brings one and none is asked for: the base's own is used then.
+        The head, or None (the base's own head) if no adapter has one and `expert` is None.
 
     Raises:
-        FormatError: heads that differ, and none is chosen.
-        ValueError: the expert chosen is none of them, or brings no head.
+        FormatError: the heads differ, and `expert` is None.
+        ValueError: `expert` is not among the adapters, or has no head.
     """
     heads = {adapter.name: head for adapter in adapters if (head := head_of(adapter)) is not None}
     if expert is not None:

@@ -1,4 +1,4 @@
-"""Match an adapter's module names with those of the base model."""
+"""Matching of an adapter's module names with those of the base model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from interop.peft.adapter import LoraAdapter, LoraLayer
 from interop.peft.formats import format_of_keys
 from interop.storage.errors import FormatError, listed
 
-# Names that a causal model, a multimodal one and a bare decoder put in front of the same module.
+__all__ = ["match_module", "renamed"]
+
+# Leading parts of a module's path that differ between a causal model, a multimodal model and a bare decoder.
 _WRAPPERS = ("base_model", "model", "language_model", "text_model", "transformer", "module")
 
 
 def match_module(path: str, known: Collection[str]) -> str:
-    """The module of the base that an adapter's path means.
+    """Return the module of the base that an adapter's path means.
 
-    That is the path itself; else the one module that is the same but for wrappers in front (`layers.0...` or
-    `language_model.model.layers.0...` for `model.layers.0...`), or that ends in the path.
+    That is the path itself, if the base has it. Otherwise it is the one module that differs only in leading wrappers
+    (`layers.0...` or `language_model.model.layers.0...` for `model.layers.0...`), or whose path ends in the given path.
 
     Raises:
-        FormatError: none or several; the message names the nearest ones.
+        FormatError: no module matches, or several do; the message names the nearest ones.
     """
     if path in known:
         return path
@@ -48,10 +50,10 @@ def _core(path: str) -> str:
 
 
 def renamed(adapter: LoraAdapter, known: Collection[str]) -> LoraAdapter:
-    """The adapter with its layers under the base's own module names, as `match_module` finds them in `known`.
+    """Return the adapter with the base's module names, as `match_module` finds them in `known`.
 
     Raises:
-        FormatError: a path that matches none or several, or two that match the same module.
+        FormatError: a path matches no module or several, or two paths match the same module.
     """
     where = f"adapter {adapter.name!r}"
     layers: dict[str, LoraLayer] = {}
@@ -65,7 +67,7 @@ def renamed(adapter: LoraAdapter, known: Collection[str]) -> LoraAdapter:
         layers[module] = layer
     if layers.keys() == adapter.layers.keys():
         return adapter
-    # What selected modules by their old names, by regular expressions perhaps, has to name the new ones.
+    # Fields that select modules by their old names, perhaps by regular expressions, must select the new names.
     selection = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     config = {**adapter.config, **selection, "target_modules": list(layers), "rank_pattern": {}, "alpha_pattern": {}}
     return replace(adapter, layers=layers, config=config)

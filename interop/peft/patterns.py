@@ -1,10 +1,10 @@
 r"""Regular expressions from an adapter's config, matched in linear time by RE2.
 
 PEFT matches the keys of `rank_pattern` and `alpha_pattern` with `re.match(rf"(.*\.)?({pattern})$", path)`, whose
-backtracking can take for ever. RE2 gives the same answer wherever both engines read a pattern alike. The grammar here
-admits these patterns alone: literals, `.`, `|`, `^`, `$`, groups, classes, repetition (greedy or lazy), `\d \w \s \b`
-and their opposites, and the flags i, m and s of a group. Refused by name: constructs that RE2 lacks (lookaround,
-backreferences, atomic groups, conditions) or would read differently (possessive repetition, verbose mode).
+backtracking can take forever. RE2 gives the same answer wherever both engines read a pattern alike. The grammar here
+allows only such patterns: literals, `.`, `|`, `^`, `$`, groups, classes, repetition (greedy or lazy), `\d \w \s \b` and
+their opposites, and the flags i, m and s of a group. Constructs that RE2 lacks (lookaround, backreferences, atomic
+groups, conditions) or reads differently (possessive repetition, verbose mode) are refused by name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from interop.storage.errors import FormatError, brief
 __all__ = ["check_patterns", "first_match"]
 
 _MAX_PATTERN = 10_000
-# A match takes some 3 us, a pattern to compile some 30.
+# A match takes about 3 us, and compiling a pattern about 30 us.
 _MAX_MATCHES = 3_000_000
-# A pattern that repeats can take up to 50 ns for each of its instructions and each character of a path, and hardly ever
-# does. So these are timed. A single match is bounded by the memory that its program may take.
+# A pattern with repetition can take up to 50 ns for each of its instructions and each character of a path, but hardly
+# ever does. So such matches are timed. The memory limit of a pattern's program bounds a single match.
 _MAX_SECONDS = 5.0
 _MAX_PROGRAM_BYTES = 2**20
 
@@ -64,22 +64,22 @@ _REFUSED = {
 
 
 def first_match(patterns: Iterable[str], path: str) -> str:
-    """Return the first pattern that matches the path or its end after a dot, or else the path, as PEFT 0.21 does."""
+    """Return the first pattern that matches the path, or its end after a dot; else the path. As in PEFT 0.21."""
     return next((pattern for pattern in patterns if _compiled(pattern).match(path)), path)
 
 
 def check_patterns(patterns: Mapping[str, Any], paths: Iterable[str], where: str, name: str) -> None:
-    """Hold patterns to what can be matched as PEFT does, in bounded time.
+    """Check that patterns can be matched as in PEFT, in bounded time.
 
     Args:
-        patterns: the field, by pattern.
-        paths: the module paths that they will be matched against.
-        where: the adapter, for messages.
-        name: the field, for messages.
+        patterns: value of the field, by pattern.
+        paths: module paths that the patterns will be matched against.
+        where: name of the adapter, for messages.
+        name: name of the field, for messages.
 
     Raises:
-        FormatError: a pattern that is no regular expression, or one that can't be matched as PEFT does; or so many or
-            so large ones that matching would take too long. The message names field and pattern.
+        FormatError: a pattern is not a regular expression or can't be matched as in PEFT, or the patterns are so many
+            or so large that matching would take too long. The message names field and pattern.
     """
     paths = list(paths)
     ascii_only = all(path.isascii() for path in paths)
@@ -112,7 +112,7 @@ def check_patterns(patterns: Mapping[str, Any], paths: Iterable[str], where: str
 
 
 def _tokens(pattern: str) -> list[tuple[str, str]]:
-    """Kind and text of each token. Raises ValueError with the reason at the first that is none."""
+    """Return kind and text of each token; raise ValueError with the reason at the first invalid token."""
     if len(pattern) > _MAX_PATTERN:
         raise ValueError(f"{len(pattern)} characters (at most {_MAX_PATTERN} are allowed)")
     tokens: list[tuple[str, str]] = []
@@ -150,7 +150,7 @@ def _repeats(pattern: str) -> bool:
 
 @lru_cache(2**15)
 def _compiled(pattern: str) -> Any:
-    # RE2 takes `{,3}` for text, Python for a repetition.
+    # RE2 reads `{,3}` as text, Python as a repetition.
     translated = "".join(text.replace("{,", "{0,") if kind == "until" else text for kind, text in _tokens(pattern))
     options = re2.Options()
     options.log_errors = False

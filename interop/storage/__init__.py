@@ -1,1 +1,1 @@
-"""Bytes on disk, whatever they mean: files, tensors, the hub, atomic writes."""
+"""File access: JSON, tensors, the hub, atomic writes."""

@@ -1,12 +1,11 @@
-"""A directory that is replaced as a whole: whoever looks, or is killed, at any moment finds the old one or the new one.
+"""Replacing of a directory as a whole: a reader, or a kill, at any moment finds the old directory or the new one.
 
-Files are written into a hidden sibling, `.<name>.<random>.partial`, and flushed to disk; then the sibling takes the
-directory's place in one system call. `rename` does that where there is nothing, or an empty directory. Over a full
-directory it can't, so there the two are exchanged (Linux, `renameat2` with RENAME_EXCHANGE) and the old one, now
-hidden, is removed. Where the system or the file system can't exchange, two renames have to do, and a kill between them
-leaves both directories complete, under their hidden names, and none in place.
+Files are written into a hidden sibling, `.<name>.<random>.partial`, and flushed to disk. Then the sibling takes the
+directory's place in one system call. If the target does not exist or is empty, that call is `rename`. Otherwise the two
+directories are exchanged (on Linux: `renameat2` with RENAME_EXCHANGE), and the old one, now hidden, is removed.
 
-A kill also leaves the hidden sibling behind; it can be deleted.
+If the system or the file system can't exchange, two renames are used. A kill between them leaves both directories
+complete, under hidden names, and none at the target. Any kill leaves the hidden sibling behind; it can be deleted.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 
 @contextmanager
 def replacing(directory: str | os.PathLike[str], *, owned: Sequence[str]) -> Iterator[Path]:
-    """Yields an empty directory to fill; it becomes `directory` when the block ends, and vanishes when it raises.
+    """Yield an empty directory, which becomes `directory` when the block ends, and is deleted if the block raises.
 
     Args:
-        directory: what to create or replace. Its parents are created.
-        owned: glob patterns of the entries that an earlier save may have left in it. An existing directory with
-            anything else in it isn't ours to remove.
+        directory: directory to create or replace. Its parents are created.
+        owned: glob patterns of the entries that an earlier save may have written. An existing directory with any other
+            entry is not replaced.
 
     Raises:
         FileExistsError: `directory` is a file, or holds entries that match none of `owned`.
@@ -53,7 +52,7 @@ def replacing(directory: str | os.PathLike[str], *, owned: Sequence[str]) -> Ite
         _put_in_place(partial, target)
         flush_entry(target.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what failed, or the old one after an exchange
+        shutil.rmtree(partial, ignore_errors=True)  # the unfinished directory, or the old one after an exchange
 
 
 def check_replaceable(target: Path, *, owned: Sequence[str]) -> None:
@@ -102,7 +101,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Whether the two were exchanged; False where the system or the file system can't."""
+    """Exchange two directories; return False if the system or the file system can't."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -1,4 +1,4 @@
-"""Files of a directory that nobody vouches for: they stay inside it, and JSON in it is an object or refused."""
+"""Reading of files from an untrusted directory: links must not lead out of it, and JSON must be an object."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from typing import Any, NoReturn
 from interop.storage.errors import FormatError, brief
 from xlora_jax.atomic import replace_json
 
-# Larger than any real one (an index of 100,000 tensors has 10 MB), small enough to be parsed in about a second.
+__all__ = ["file_in", "parse_json", "read_json", "write_json"]
+
+# Larger than any real file (an index of 100,000 tensors has 10 MB), and small enough to parse in about a second.
 _MAX_JSON_BYTES = 32 * 2**20
 
 
 def file_in(directory: Path, name: str) -> Path | None:
-    """The regular file `name` directly in `directory`, or None where there is no such entry.
+    """Return the path of the regular file `name` in `directory`, or None if there is no such entry.
 
     Symlinks are followed if they end in the directory. A snapshot in the hub's cache consists of links to the `blobs`
     of the same repository, so these are followed too.
 
     Raises:
-        FormatError: a name with a path in it, a link that leaves the directory or is broken, or not a regular file.
+        FormatError: the name contains a path, or the entry is a link that is broken or leaves the directory, or is not
+            a regular file.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise FormatError(f"{directory}: {name!r} points outside the directory; expected a plain file name.")
@@ -55,10 +58,10 @@ def _roots(directory: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        FormatError: not JSON, not an object, a key that stands twice in one object, NaN or infinity, or too large.
+        FormatError: the file is too large, is not JSON or not an object, repeats a key, or contains NaN or infinity.
     """
     size = path.stat().st_size
     if size > max_bytes:
@@ -67,7 +70,7 @@ def read_json(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `text`; `where` names it in errors. Raises FormatError as `read_json` does."""
+    """Return the JSON object in `text`; `where` names it in errors. Raise FormatError as `read_json` does."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -78,7 +81,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an object as JSON, indented, in the order of its keys."""
+    """Write an object as indented JSON, in the order of its keys."""
     replace_json(path, value, ensure_ascii=False, allow_nan=False)
 
 

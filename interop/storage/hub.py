@@ -1,4 +1,4 @@
-"""From a directory or a hub id to a directory."""
+"""Resolution of directories and hub ids to local directories."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pathlib import Path, PurePosixPath
 
 from interop.storage.errors import FormatError, brief
 
+__all__ = ["is_hub_id", "resolve", "weights_file"]
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form of a repository's id, `name` or `org/name`."""
+    """Return whether a text has the form of a hub id, `name` or `org/name`."""
     return _HUB_ID.fullmatch(text) is not None
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path | None:
-    """The path itself if it is a `.safetensors` file, as mistral.rs stores an expert; else None."""
+    """Return the path if it is a `.safetensors` file, as in mistral.rs's layout; else None."""
     try:
         weights = Path(path).expanduser()
         return weights if weights.suffix == ".safetensors" and weights.is_file() else None
-    except (OSError, RuntimeError):  # no path that can be looked up: `resolve` says why
+    except (OSError, RuntimeError):  # the path can't be looked up; `resolve` reports the reason
         return None
 
 
@@ -36,27 +38,28 @@ def resolve(
     local_files_only: bool = False,
     files: Sequence[str] = ("*.json", "*.safetensors"),
 ) -> Path:
-    """The directory that `dir_or_id` means, after a download from the hub if it is not there yet.
+    """Return the local directory of `dir_or_id`, after a download from the hub if needed.
 
-    An existing directory is taken as it is; anything else is a hub id. What is cached is not downloaded again, and with
-    `local_files_only` or `HF_HUB_OFFLINE=1` nothing is downloaded at all.
+    An existing directory is returned as it is; anything else is a hub id. Cached files are not downloaded again. With
+    `local_files_only` or `HF_HUB_OFFLINE=1` nothing is downloaded.
 
     Args:
-        dir_or_id: a directory, or a hub id such as `org/name`.
-        revision: branch, tag or commit on the hub; None is the default branch. Of no effect for a directory.
-        subfolder: a folder in it.
-        token: for private or gated repositories; None takes the one of `hf auth login`.
-        cache_dir: where downloads are kept; None takes the hub's default.
-        local_files_only: look into the cache only.
-        files: glob patterns of the files to download. Where no safetensors come, their `.bin` and `.pt` forms do.
+        dir_or_id: directory, or hub id such as `org/name`.
+        revision: branch, tag or commit on the hub; None means the default branch. No effect for a directory.
+        subfolder: folder inside the directory or repository.
+        token: access token for private or gated repositories; None takes the token of `hf auth login`.
+        cache_dir: directory for downloads; None means the hub's default.
+        local_files_only: whether to use cached files only.
+        files: glob patterns of the files to download. If no safetensors match, the `.bin` and `.pt` forms are
+            downloaded.
 
     Returns:
         The directory, with `subfolder` appended.
 
     Raises:
-        FileNotFoundError: neither a directory nor a repository that can be reached or is cached.
-        NotADirectoryError: a file.
-        FormatError: a subfolder that leaves the directory.
+        FileNotFoundError: there is no such directory, and the repository can't be reached and is not cached.
+        NotADirectoryError: the path is a file.
+        FormatError: the subfolder leaves the directory.
     """
     if subfolder is not None:
         parts = PurePosixPath(subfolder).parts
@@ -65,7 +68,7 @@ def resolve(
     try:
         path = Path(dir_or_id).expanduser()
         is_file, is_directory = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:  # too long a name, an unknown user, a link to itself
+    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown user, a link to itself
         raise FileNotFoundError(f"{brief(os.fspath(dir_or_id))}: no such directory ({error}).") from error
     if is_file:
         raise NotADirectoryError(f"{path}: a file; pass the directory that it is in.")

@@ -1,8 +1,9 @@
-"""Sizes that a torch file claims, held against the bytes that it has, before torch allocates or maps any of them.
+"""Check of the sizes that a torch file claims against its bytes, before torch allocates or maps any of them.
 
-torch's weights-only loader keeps a pickle from running code, but it believes its numbers: it maps compressed members
-as if they were plain, reads past a member's end into the next one, and enlarges a storage that a tensor doesn't fit.
-Here the pickle is read with inert stand-ins for torch's classes, so that only numbers and names come out of it.
+torch's weights-only loader keeps a pickle from running code, but it trusts the numbers in the pickle. It maps
+compressed members as if they were not compressed, reads past a member's end into the next one, and enlarges a storage
+that is too small for its tensor. Here the pickle is read with inert stand-ins for torch's classes, so that it yields
+only numbers and names.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any, NamedTuple
 
 __all__ = ["ClaimError", "check_claims"]
 
-# A checkpoint of 50,000 tensors has some 8 MB of pickle beside its data.
+# The pickle of a checkpoint of 50,000 tensors has about 8 MB, without the data.
 _MAX_PICKLE_BYTES = 8 * 2**20
 _MAX_MEMBERS = 200_000
 
-# The operations of pickle protocols 2 to 5 that torch.save writes. The textual ones of protocol 0 aren't among them.
+# The operations of pickle protocols 2 to 5 that torch.save writes. The text operations of protocol 0 are not allowed.
 _OPERATIONS = frozenset((
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
     "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "EMPTY_DICT",
@@ -50,7 +51,7 @@ _STORAGES = {
     "ComplexFloatStorage": 8,
     "ComplexDoubleStorage": 16,
 }
-# Element types that have no class of storage, which tensors name by themselves.
+# Element types without a storage class of their own; the tensor names its type instead.
 _DTYPES = {
     **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
     "uint16": 2,
@@ -61,7 +62,7 @@ _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class ClaimError(ValueError):
-    """A torch file that claims other sizes than it has, or is no such file; the message says which."""
+    """A torch file with wrong sizes, or a file that is not a torch file; the message gives the reason."""
 
 
 class _StorageClass(NamedTuple):
@@ -83,12 +84,12 @@ class _Storage(NamedTuple):
 
 
 class _Other(NamedTuple):
-    """An object without data of its own, or of a kind that is refused later, by its own name."""
+    """An object without data, or of a kind that is refused later, with its name."""
 
 
 @dataclass
 class _Claims:
-    """All that a pickle says of sizes."""
+    """All sizes that a pickle claims."""
 
     storages: dict[str, _Storage] = field(default_factory=dict)
 
@@ -124,15 +125,14 @@ def _size(value: Any) -> int:
 
 
 def check_claims(path: Path) -> bool:
-    """Hold the sizes that a torch file claims against its bytes.
+    """Check the sizes that a torch file claims against its bytes.
 
     Returns:
-        Whether it is a zip file, whose members can be mapped into memory, rather than the format before torch 1.6.
+        Whether the file is a zip file, whose members can be mapped into memory, or else of the format before torch 1.6.
 
     Raises:
-        ClaimError: members that are compressed, encrypted, overlapping or given twice; storages of other sizes than
-            their members; tensors that overlap themselves or leave their storage; a pickle that names anything but
-            tensors and containers.
+        ClaimError: a member is compressed, encrypted, overlapping or repeated; a storage and its member differ in size;
+            a tensor overlaps itself or leaves its storage; or the pickle names anything but tensors and containers.
     """
     size = path.stat().st_size
     try:
@@ -140,7 +140,7 @@ def check_claims(path: Path) -> bool:
         (_check_zip if is_zip else _check_old)(path, size)
     except ClaimError:
         raise
-    except Exception as error:  # whatever a broken file makes zipfile and pickle raise
+    except Exception as error:  # zipfile and pickle raise errors of any kind on a broken file
         raise ClaimError(f"{type(error).__name__}: {error!s:.200}") from error
     return is_zip
 
@@ -183,7 +183,7 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def _check_old(path: Path, size: int) -> None:
-    """Several pickles in a row, then the storages: 8 bytes with the count of elements, and the elements."""
+    """Check the old format: several pickles, then for each storage 8 bytes with the element count, and the elements."""
     claims = _Claims()
     with path.open("rb") as file:
         head = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
@@ -207,7 +207,7 @@ def _check_old(path: Path, size: int) -> None:
 
 
 def _load(file: io.BytesIO, claims: _Claims) -> Any:
-    """The next object of a pickle, in which tensors and their classes are stand-ins."""
+    """Return the next object of a pickle, with stand-ins for tensors and their classes."""
     start = file.tell()
     _check_operations(file)
     file.seek(start)
@@ -215,7 +215,7 @@ def _load(file: io.BytesIO, claims: _Claims) -> Any:
 
 
 def _check_operations(file: io.BytesIO) -> None:
-    """Refuse operations that aren't needed, and a memo that takes more memory than the pickle's own length allows."""
+    """Raise ClaimError for unneeded operations, and for a memo larger than the pickle's length allows."""
     most = len(file.getbuffer())
     for operation, argument, _ in pickletools.genops(file):
         if operation.name not in _OPERATIONS:
@@ -225,7 +225,7 @@ def _check_operations(file: io.BytesIO) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but stand-ins, made anew for each pickle: one that changes them changes nobody else's."""
+    """An unpickler that finds only stand-ins. They are new for each pickle, so no pickle can change another's."""
 
     def __init__(self, file: io.BytesIO, claims: _Claims) -> None:
         super().__init__(file)
@@ -271,7 +271,7 @@ def _stand_ins(claims: _Claims) -> Mapping[tuple[str, str], Any]:
             yield ("torch._utils", name), tensor
         yield ("torch._utils", "_rebuild_tensor_v3"), tensor_of_dtype
         yield ("torch._utils", "_rebuild_parameter"), parameter
-        # Of these the layout and the number type are refused, once torch has made them.
+        # The reader refuses these by layout or element type, after torch has made them.
         yield ("torch._utils", "_rebuild_sparse_tensor"), other
         for name in ("torch.Size", "torch.per_tensor_affine", "torch.device"):
             module, _, last = name.rpartition(".")

@@ -1,7 +1,7 @@
 """Named tensors in files: safetensors (single and sharded) and torch pickles, read strictly, lazily and safely.
 
-Nothing in a file is trusted: the header of a safetensors file is checked in full before any tensor is read, a pickle
-goes through torch's weights-only loader, and a sharded checkpoint's index can't point outside its directory.
+No file is trusted. The header of a safetensors file is checked in full before any tensor is read, a pickle is read by
+torch's weights-only loader, and the index of a sharded checkpoint can't point outside its directory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, parse_json, read_json
 from interop.storage.pickles import check_claims
 from xlora_jax.atomic import replacing_file
+
+__all__ = [
+    "LazyTensor",
+    "from_torch",
+    "open_file",
+    "open_pickle",
+    "open_safetensors",
+    "open_tensors",
+    "read_finite",
+    "require_finite",
+    "to_torch",
+    "write_safetensors",
+]
 
 # safetensors' names of the element types, https://github.com/huggingface/safetensors#format
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -51,14 +64,14 @@ _MAX_DIMENSIONS = 32  # numpy's limit, up to version 2
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: its dtype and shape are known, its values are read on demand and not kept.
+    """A tensor in a file. Its dtype and shape are known; its values are read on demand and not kept.
 
     Attributes:
-        name: its key in the file.
-        file: where it stands, for messages.
-        dtype: as stored.
-        shape: as stored.
-        load: reads the values.
+        name: key of the tensor in the file.
+        file: path of the file, for messages.
+        dtype: stored dtype.
+        shape: stored shape.
+        load: function that reads the values.
     """
 
     name: str
@@ -68,23 +81,24 @@ class LazyTensor:
     load: Callable[[], NDArray[Any]]
 
     def read(self) -> NDArray[Any]:
-        """The values, in memory of their own."""
+        """Return the values, in their own memory."""
         return self.load()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """The values, for `numpy.asarray`."""
+        """Return the values, for `numpy.asarray`."""
         return self.load().astype(self.dtype if dtype is None else dtype, copy=False)
 
 
 def open_tensors(directory: Path, stem: str = "model") -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint or adapter in a directory, in stored order, without reading their values.
+    """Return the tensors of a checkpoint or adapter in a directory, in stored order, without reading their values.
 
-    Looks for `{stem}.safetensors`, its sharded form `{stem}.safetensors.index.json`, then torch's pickles (`{stem}.bin`
-    and its index; `pytorch_model` for the stem `model`), and takes the first that exists, as transformers does.
+    The first existing file is read, in the order of transformers: `{stem}.safetensors`, its sharded form
+    `{stem}.safetensors.index.json`, then torch's pickles (`{stem}.bin` and its index; `pytorch_model` for the stem
+    `model`).
 
     Raises:
-        FileNotFoundError: none of these exists.
-        FormatError: a file that is broken or hostile; see `open_safetensors`, `open_pickle`, `file_in`.
+        FileNotFoundError: none of these files exists.
+        FormatError: a file is broken or hostile; see `open_safetensors`, `open_pickle`, `file_in`.
     """
     pickled = "pytorch_model" if stem == "model" else stem
     names = (f"{stem}.safetensors", f"{pickled}.bin")
@@ -99,7 +113,7 @@ def open_tensors(directory: Path, stem: str = "model") -> dict[str, LazyTensor]:
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, by its extension: `.safetensors`, else a torch pickle."""
+    """Return the tensors of one file: safetensors if its extension is `.safetensors`, else a torch pickle."""
     return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
 
 
@@ -127,11 +141,11 @@ def _open_sharded(directory: Path, index_path: Path) -> dict[str, LazyTensor]:
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file in stored order, after a check of its whole header.
+    """Return the tensors of a safetensors file in stored order, after a check of its whole header.
 
     Raises:
-        FormatError: truncated, a header beyond the file's end, JSON that is broken or has a key twice, an unknown
-            dtype, a shape that disagrees with the bytes, or ranges that overlap, leave gaps or leave the file.
+        FormatError: the file is truncated, its header is broken or repeats a key, a dtype is unknown, a shape disagrees
+            with its bytes, or ranges overlap, leave gaps or leave the file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -219,17 +233,17 @@ def _safetensors_loader(
     return load
 
 
-# Tied weights share a storage, and each is read as an array of its own: an embedding, an output head, a decoder's copy.
+# Tied weights share a storage, but each is read as its own array: embedding, output head, a decoder's copy.
 _MAX_SHARING = 4
 _FREE_BYTES = 64 * 2**20
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a `.bin` or `.pt` file, through torch's weights-only loader: nothing in it can run.
+    """Return the tensors of a `.bin` or `.pt` file, read by torch's weights-only loader, which runs no code.
 
     Raises:
-        FormatError: torch is not installed, or the file is broken, wants to run code, or holds anything but a mapping
-            of names to dense tensors.
+        FormatError: torch is not installed, or the file is broken, needs to run code, or is not a mapping of names to
+            dense tensors.
     """
     try:
         import torch
@@ -239,9 +253,9 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
             f"to safetensors elsewhere."
         ) from error
     try:
-        # Only the zip container can be mapped into memory; torch before 1.6 wrote another.
+        # Only the zip format can be mapped into memory; torch before 1.6 wrote another format.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=check_claims(path))
-    except Exception as error:  # whatever a broken or hostile pickle makes the loader raise
+    except Exception as error:  # the loader raises errors of any kind on a broken or hostile pickle
         raise FormatError(
             f"{path}: refused by torch's weights-only loader or the check of sizes before it, as broken or because it "
             f"wants to run code; ask for a safetensors file ({brief(str(error), 400)})."
@@ -250,7 +264,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         raise FormatError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}.")
     tensors = {}
     total = 0
-    for name, tensor in dict.items(state):  # a file can give a dictionary attributes, such as another `items`
+    for name, tensor in dict.items(state):  # a file can give a dict attributes, such as another `items`
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise FormatError(f"{path}: {brief(name)} should name a tensor, got {type(tensor).__name__}.")
         dtype = _DTYPES.get(_TORCH_DTYPES.get(str(tensor.dtype), ""))
@@ -289,7 +303,7 @@ def _torch_loader(tensor: Any, dtype: np.dtype[Any]) -> Callable[[], NDArray[Any
 
 
 def from_torch(tensor: Any, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
-    """A numpy copy of a dense torch tensor, bit by bit (numpy has no bfloat16 of its own; `ml_dtypes` has)."""
+    """Return a NumPy copy of a dense torch tensor, bit for bit (bfloat16 is `ml_dtypes`')."""
     import torch
 
     if dtype is None:
@@ -300,7 +314,7 @@ def from_torch(tensor: Any, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
 
 
 def to_torch(array: NDArray[Any]) -> Any:
-    """A torch tensor with the array's bits in memory of its own; the inverse of `from_torch`."""
+    """Return a torch tensor with a copy of the array's bits; the inverse of `from_torch`."""
     import torch
 
     names = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
@@ -310,7 +324,7 @@ def to_torch(array: NDArray[Any]) -> Any:
 
 
 def require_finite(array: NDArray[Any], name: str, file: Path) -> NDArray[Any]:
-    """The array itself. Raises FormatError if it holds NaN or infinity, with the tensor's name and how many."""
+    """Return the array; raise FormatError, with the tensor's name and a count, if it holds NaN or infinity."""
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
         raise FormatError(
@@ -320,7 +334,7 @@ def require_finite(array: NDArray[Any], name: str, file: Path) -> NDArray[Any]:
 
 
 def read_finite(tensor: LazyTensor) -> NDArray[Any]:
-    """The values of a weight. Raises FormatError for a type that is no floating one, and for NaN and infinity."""
+    """Return the values of a weight; raise FormatError for a non-floating dtype, and for NaN and infinity."""
     if tensor.dtype not in _WEIGHT_DTYPES:
         known = listed(map(str, _WEIGHT_DTYPES))
         raise FormatError(f"{tensor.file}: {tensor.name!r} has dtype {tensor.dtype}; expected one of {known}.")
@@ -332,14 +346,14 @@ def write_safetensors(
     tensors: Mapping[str, NDArray[Any] | LazyTensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors as safetensors: one at a time in memory, laid out as the safetensors library does.
+    """Write tensors as safetensors, in the order of the safetensors library, with one tensor in memory at a time.
 
-    The largest element types come first, so that every tensor is aligned, and equal ones by name.
+    Tensors are sorted by element size, largest first, so that every tensor is aligned, and then by name.
 
     Args:
-        path: the file, replaced; see `interop.storage.atomic` for replacing a directory as a whole.
-        tensors: name to array, or to a lazy tensor that is read when its turn comes.
-        metadata: strings; None means `{"format": "pt"}`, which transformers asks for.
+        path: file to create or replace; to replace a directory as a whole, see `interop.storage.atomic`.
+        tensors: name to array, or to a lazy tensor that is read just before it is written.
+        metadata: strings by name; None means `{"format": "pt"}`, which transformers requires.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))

@@ -1,4 +1,4 @@
-"""Adapters of real PEFT, changed and compared file by file."""
+"""Adapters made by PEFT, for tests that change and compare their files."""
 
 import json
 
@@ -14,7 +14,7 @@ def fresh_base(directory):
 
 
 def make_adapter(base_dir, directory, r=4, alpha=6, **options):
-    """As `reference.make_adapter`, for adapters with biases and buffers too."""
+    """Save an adapter as `reference.make_adapter` does, but with random biases and buffers too."""
     model = get_peft_model(fresh_base(base_dir), LoraConfig(r=r, lora_alpha=alpha, task_type="CAUSAL_LM", **options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def edit_config(directory, **changes):
 
 
 def edit_tensors(directory, change):
-    """Stores what `change` makes of the dict of tensors."""
+    """Replace the stored tensors by the result of `change`, which takes the dict of tensors."""
     path = directory / "adapter_model.safetensors"
     save_file(
         {key: tensor.contiguous().clone() for key, tensor in change(load_file(path)).items()}, path, {"format": "pt"}
@@ -46,7 +46,7 @@ def run(model, ids):
 
 
 def hooked(model, adapter):
-    """The base model with the adapter's formula added by hooks, from the loaded arrays."""
+    """Return the base model with the adapter's contribution added by hooks, from the loaded arrays."""
 
     def hook(layer):
         def add(module, args, output):

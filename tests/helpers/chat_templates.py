@@ -16,7 +16,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# A default system message, put in where the first message is no other: fails on an empty chat.
+# Inserts a default system message if the chat does not begin with one; fails on an empty chat.
 QWEN2 = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + CHATML
 
 LLAMA3 = """{{- bos_token }}
@@ -39,7 +39,7 @@ LLAMA3 = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
-# Thinking stays in what follows the last question only; an answer without any gets an empty one if it is the last.
+# Keeps thinking only after the last question; the last answer gets empty thinking if it has none.
 QWEN3 = """{%- if tools %}
     {{- '<|im_start|>system\n' }}
     {%- if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
@@ -93,7 +93,7 @@ GEMMA = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 
-# Tools stand before the last question only.
+# Writes tools before the last question only.
 MISTRAL = """{{- bos_token }}
 {%- set asked = messages | selectattr('role', 'equalto', 'user') | list %}
 {%- for message in messages %}
@@ -114,7 +114,7 @@ END_AFTER_LAST = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
-# The prompt opens the thinking; messages never show any.
+# The generation prompt opens the thinking; messages never contain any.
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '<A>' + m.content.split('</think>')[-1].lstrip('\n') + eos_token }}{% else %}{{ '<U>' + m.content }}{% endif %}"
@@ -136,7 +136,7 @@ _SPECIAL = [
     *("<|bos|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
 ]
-# Merges over the places where prompts end and answers begin: blank lines, and a space with the word behind it.
+# Text that makes the tokenizer merge where prompts end and answers begin: blank lines, and a space before a word.
 _CORPUS = [
     "assistant\n\n\n  the answer\n\nuser: x\n\n\nassistant:  the \n\n\n\n words\n \n of it",
     "model\n\n\nyes\n\n\n\n\n no \n  ",
@@ -146,7 +146,7 @@ _CORPUS = [
 def make_tokenizer(
     folder: Path, template: str, *, byte_level: bool = True, trim_offsets: bool = False, added: Sequence[str] = ()
 ) -> Any:
-    """Make a tokenizer, save it as a user would find it, and load it from there."""
+    """Make a tokenizer, save it in the form that users have, and load it from there."""
     if byte_level:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

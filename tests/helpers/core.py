@@ -1,4 +1,4 @@
-"""Which tests run with the core's own dependencies alone: `pytest --core` leaves out the others.
+"""Selection of the tests that need only the core's dependencies: `pytest --core` leaves out the others.
 
 A test file is left out if importing it imports one of `FOREIGN`, directly or through modules of this repository. In the
 files that stay, a test is left out if an import in its body does so, or if it uses a fixture whose function does.
@@ -21,7 +21,7 @@ def _is_type_checking(node: ast.stmt) -> bool:
 
 
 def _executed(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run with `body`: those within `if` and `try`, but not within functions."""
+    """Yield the statements that run with `body`, including those in `if` and `try`, but not those in functions."""
     for node in body:
         yield node
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(node):
@@ -47,7 +47,7 @@ def _needs_foreign(body: list[ast.stmt]) -> bool:
 
 @cache
 def _module_needs_foreign(name: str) -> bool:
-    """Whether importing the module `name` of this repository needs a foreign package; other modules do not."""
+    """Return whether importing the module `name` needs a foreign package; False for modules of other packages."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         stem = ROOT.joinpath(*parts[:end])
@@ -61,8 +61,8 @@ _under_way: set[Path] = set()
 
 @cache
 def file_needs_foreign(path: Path) -> bool:
-    """Whether importing this file needs a foreign package."""
-    if path in _under_way:  # a circle of imports: whoever began it answers
+    """Return whether importing this file needs a foreign package."""
+    if path in _under_way:  # a circular import: the call that began it decides
         return False
     _under_way.add(path)
     try:
@@ -78,7 +78,7 @@ def _functions(path: Path) -> dict[str, list[ast.stmt]]:
 
 
 def item_needs_foreign(item: pytest.Function) -> bool:
-    """Whether the body of this test, or of a fixture that it uses, imports a foreign package."""
+    """Return whether the body of this test, or of a fixture that it uses, imports a foreign package."""
     functions = [item.function]
     for definitions in item._fixtureinfo.name2fixturedefs.values():
         functions += [definition.func for definition in definitions]

@@ -33,7 +33,7 @@ _MODERN |= {
 }
 _IMAGE = {**_SHAPE, "image_size": (8, 12), "patch_size": (4, 2), "num_channels": 2, "num_labels": 5}
 _IMAGE |= {"qkv_bias": False, "layer_norm_eps": 3e-3}
-# Class in transformers, config fields, modules that the experts adapt.
+# transformers' class, config fields, modules that the experts adapt.
 CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "bert sequence": (
         "BertForSequenceClassification",
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 def encoder_inputs(case: str, **changes: Any) -> dict[str, np.ndarray]:
-    """Three rows: tokens with padding on the right and on the left, and types; or images."""
+    """Return three rows: tokens with right and left padding, and token types; or images."""
     options = {**CASES[case][1], **changes}
     random = np.random.default_rng(0)
     if case == "vit":
@@ -84,7 +84,7 @@ def case_of(family: str) -> str:
 
 
 def make_encoder(case: str, directory: Path, **changes: Any) -> Any:
-    """The random model of transformers, with `changes` to its config, saved as a Hugging Face directory too."""
+    """Make a random transformers model, with `changes` to its config, and save it as a Hugging Face directory too."""
     name, options, _ = CASES[case]
     kind = getattr(transformers, name)
     model = kind(kind.config_class(**{**copy.deepcopy(options), **changes})).eval()
@@ -99,7 +99,7 @@ def run_encoder(model: Any, inputs: Mapping[str, np.ndarray], **more: Any) -> An
 
 
 def adapters_on(model: Any, targets: Sequence[str], directory: Path, **lora: Any) -> list[Path]:
-    """Three adapters made by PEFT, of unequal rank and targets, with A and B random; heads too, where saved beside."""
+    """Make three PEFT adapters of unequal rank and targets, with random A, B and, if they save heads, heads."""
     paths = []
     for number, (rank, own) in enumerate(((2, targets), (3, targets[:1]), (4, targets[-1:]))):
         config = LoraConfig(r=rank, lora_alpha=2 * rank + 1, target_modules=list(own), **lora)

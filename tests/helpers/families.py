@@ -1,6 +1,6 @@
-"""A small random model of every family: every config field away from its default, and which modules are adapted.
+"""A small random model of every family, with non-default config fields, and the modules that its experts adapt.
 
-What differs between families stands here as data; `tests/interop/hf/families` holds it against transformers.
+The differences between families are data here; `tests/interop/hf/families/` compares them with transformers.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Model:
 
     Attributes:
         options: config fields.
-        attention: the projections of its attention, as adapters name them.
-        mlp: those of its MLP; none where PEFT cannot target them.
-        embedding: name of its embedding, if PEFT's X-LoRA can load experts on it.
-        in_peft: whether PEFT's X-LoRA loads experts of this family; else the reference is the formula alone.
-        lora: further fields of its adapters' config.
+        attention: names of the attention's projections, as adapters have them.
+        mlp: names of the MLP's projections; empty if PEFT cannot target them.
+        embedding: name of the embedding, if PEFT's X-LoRA can load experts on it.
+        in_peft: whether PEFT's X-LoRA loads experts of this family; otherwise the reference is the formula alone.
+        lora: further fields of the adapters' config.
         within: regular expression of the modules that adapters are looked for in, where others have the same names.
     """
 
@@ -59,7 +59,7 @@ class Model:
     within: str = ""
 
     def experts(self) -> tuple[Expert, ...]:
-        """Three experts of unequal rank, scale, targets and layers."""
+        """Return three experts of unequal rank, scale, targets and layers."""
         first = (*self.attention, *((self.embedding,) if self.embedding and self.in_peft else ()))
         if self.within:
 
@@ -132,7 +132,7 @@ MODELS: dict[str, Model] = {
     "gemma": Model({**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "tie_word_embeddings": False}),
     "gemma2": Model(
         {**_LLAMA, **_rope(), **_BIAS, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}
-        # Not so low a cap that logits saturate, and tie.
+        # A lower cap would make logits saturate and tie.
         | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 20.0, "tie_word_embeddings": False}
     ),
     "gemma3_text": Model(
@@ -250,7 +250,7 @@ def make_model(out_dir: Path, family: str, seed: int = 0, **changes: Any) -> Pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# X-LoRA from its formulas, on the model of transformers
+# X-LoRA from its formulas, on a model of transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,12 +258,12 @@ class Formula:
     """The two passes of X-LoRA with a classifier of depth 1, layerwise.
 
     Attributes:
-        base: a model of transformers.
+        base: model of transformers.
         adapters: directories of LoRA adapters, without experts on embeddings.
-        weight: of the classifier, [L * N, D].
-        bias: of the classifier, [L * N].
-        temperature: of the softmax.
-        top_k: gates kept.
+        weight: weight of the classifier, [L * N, D].
+        bias: bias of the classifier, [L * N].
+        temperature: temperature of the softmax.
+        top_k: number of gates to keep.
         pass_value: gate of the scaling pass.
     """
 
@@ -277,12 +277,12 @@ class Formula:
 
     @property
     def layers(self) -> list[str]:
-        """Adapted layers in the order of torch's modules."""
+        """Return the adapted layers in the order of torch's modules."""
         adapted = {name for adapter in self.adapters for name in adapter_matrices(adapter)}
         return [name for name, _ in self.base.named_modules() if name in adapted]
 
     def __call__(self, **inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [B, T, V] and scalings [B, T, L, N]."""
+        """Return logits [B, T, V] and scalings [B, T, L, N]."""
         given = tensors(inputs)
         with torch.no_grad():
             constant = self._kept(torch.full((1, 1, len(self.layers), len(self.adapters)), self.pass_value))
@@ -319,7 +319,7 @@ class Formula:
                 handle.remove()
 
     def greedy(self, new: int, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        """Greedy continuation, recomputed from the start for every token: int64 [B, T + new]."""
+        """Return the greedy continuation, recomputed from the start for every token: int64 [B, T + new]."""
         for _ in range(new):
             positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)
             logits, _ = self(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)

@@ -6,7 +6,7 @@ COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789a
 
 
 def lay_out(cache: Path, repo: str, commit: str, files: dict[str, bytes], refs: tuple[str, ...] = ("main",)) -> Path:
-    """`models--org--name/{refs,snapshots,blobs}`: the files are blobs, the snapshot holds links to them."""
+    """Write `models--org--name/{refs,snapshots,blobs}`: the files are blobs, and the snapshot has links to them."""
     root = cache / ("models--" + repo.replace("/", "--"))
     for ref in refs:
         (root / "refs").mkdir(parents=True, exist_ok=True)

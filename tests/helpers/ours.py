@@ -1,4 +1,4 @@
-"""The same model in this library as a reference has in PEFT."""
+"""Models of this library that equal a reference in PEFT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from interop import classifier_from_torch, load_xlora
 from tests.helpers.reference import classifier_of, config_of
 from xlora_jax import XLoraConfig, XLoraModel
 
-# Names that PEFT could not use: it needs "0", "1", ...
+# PEFT could not use these names: it needs "0", "1", ...
 NAMES = ("arithmetic", "prose", "code", "law", "chemistry")
 
 
@@ -25,12 +25,12 @@ def our_config(base_dir: Path, adapters: Mapping[str, Any], **config: Any) -> XL
 
 
 def our_xlora(base_dir: Path, adapters: Sequence[Path], theirs: Any = None, **config: Any) -> XLoraModel:
-    """Our X-LoRA model with the same settings as `peft_xlora(base_dir, adapters, **config)`, and its classifier."""
+    """Return our X-LoRA model with the settings of `peft_xlora(base_dir, adapters, **config)`, and its classifier."""
     named = dict(zip(NAMES, map(str, adapters), strict=False))
     model = load_xlora(base_dir, adapters=named, config=our_config(base_dir, named, **config), dtype=jnp.float32)
     return model if theirs is None else with_classifier(model, classifier_of(theirs))
 
 
 def with_classifier(model: XLoraModel, theirs: Any) -> XLoraModel:
-    """`model` with a classifier of PEFT (a live one, or its state dict)."""
+    """Return `model` with a classifier of PEFT (a live one, or its state dict)."""
     return model.replace(params={**model.params, "classifier": classifier_from_torch(theirs)})

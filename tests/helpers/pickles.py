@@ -4,7 +4,7 @@ import os
 
 
 class RunsCode:
-    """Unpickled by plain `pickle`, it would create a file."""
+    """An object that creates a file if plain `pickle` loads it."""
 
     def __init__(self, path):
         self.path = path

@@ -1,8 +1,8 @@
-"""What the tests compare with: small random models of transformers, LoRA adapters and X-LoRA models of real PEFT.
+"""Reference models of the tests: small random models of transformers, LoRA adapters and X-LoRA models of real PEFT.
 
-Nothing here is at a neutral value: norm weights and biases are random, LoRA's B is not zero, head counts, ranks and
-targets are unequal and matrices not square, so that a dropped or transposed factor can't pass. Everything is float32
-on one thread, and made from seeds.
+No value is neutral: norm weights and biases are random, LoRA's B is not zero, head counts, ranks and targets are
+unequal, and matrices are not square. So a dropped or transposed factor can't pass. Everything is float32, made from
+seeds, on one thread.
 
 Axis legend: B batch, T tokens, D width, V vocabulary, L adapted layers, N experts.
 """
@@ -33,13 +33,13 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A base model family: its config class in transformers and what sets it apart from the shared small shape."""
+    """A base model family: its config class in transformers, and its differences from the shared small shape."""
 
     config: str
     options: Mapping[str, Any]
 
 
-# A new family is one line, if it has the names of Llama's projections.
+# A family whose projections have Llama's names takes one line.
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
     "mistral": Family("MistralConfig", {"head_dim": 12, "sliding_window": 5}),
@@ -52,9 +52,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def make_base(out_dir: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """Saves a random causal model of that family as a Hugging Face directory, and returns the directory.
+    """Save a random causal model of a family as a Hugging Face directory, and return the directory.
 
-    `options` go over the family's own; `max_shard_size` goes to `save_pretrained`.
+    `options` replace the family's own; `max_shard_size` is passed to `save_pretrained`.
     """
     save = {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
     shape = {
@@ -66,7 +66,7 @@ def make_base(out_dir: Path, family: str, seed: int = 0, dtype: torch.dtype = to
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
-        "use_cache": False,  # PEFT's X-LoRA asks for it
+        "use_cache": False,  # PEFT's X-LoRA requires it
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
@@ -79,7 +79,7 @@ def make_base(out_dir: Path, family: str, seed: int = 0, dtype: torch.dtype = to
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Fills every parameter: matrices keep the variance of what passes through, norms and biases leave 1 and 0."""
+    """Fill every parameter: matrices keep the variance of their inputs, norms and biases differ from 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def torch_base(base_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The base model in transformers, in evaluation mode, without cache."""
+    """Return the base model in transformers, in evaluation mode, without cache."""
     return _cached_base(str(base_dir), dtype)
 
 
@@ -121,7 +121,7 @@ def make_adapter(
     layers_to_transform: Sequence[int] | None = None,
     **lora_config: Any,
 ) -> Path:
-    """Saves a LoRA adapter that PEFT made on that base, with A and B both random, and returns its directory."""
+    """Save a LoRA adapter that PEFT made on the base, with random A and B, and return its directory."""
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -138,7 +138,7 @@ def make_adapter(
                 fan_in = parameter.shape[1] if "embedding_A" not in name else 1
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 * fan_in**-0.5)
     with warnings.catch_warnings():
-        # Said whenever embeddings are among the targets; PEFT then stores the base's embedding too, as for every user.
+        # PEFT warns if embeddings are among the targets, and then stores the base's embedding too.
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
         model.save_pretrained(str(out_dir))
     return Path(out_dir)
@@ -146,7 +146,7 @@ def make_adapter(
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """The recipe of one adapter: the arguments of `make_adapter`."""
+    """Settings of one adapter: the arguments of `make_adapter`."""
 
     r: int
     alpha: float
@@ -175,7 +175,7 @@ EXPERTS: dict[str, tuple[Expert, ...]] = {
 
 
 def make_experts(base_dir: Path, out_dir: Path, experts: str | Sequence[Expert], seed: int = 0) -> list[Path]:
-    """Saves the adapters of a set (a name in `EXPERTS`, or recipes) as `out_dir/0`, `out_dir/1`, ..."""
+    """Save the adapters of a set (a name in `EXPERTS`, or settings) as `out_dir/0`, `out_dir/1`, ..."""
     recipes = EXPERTS[experts] if isinstance(experts, str) else experts
     return [e.make(base_dir, Path(out_dir) / str(i), 100 * seed + i + 1) for i, e in enumerate(recipes)]
 
@@ -185,14 +185,14 @@ def make_experts(base_dir: Path, out_dir: Path, experts: str | Sequence[Expert],
 
 
 def peft_xlora(base_dir: Path, adapters: Sequence[Path], seed: int = 0, gate_scale: float = 1.0, **config: Any) -> Any:
-    """A real PEFT X-LoRA model (a `PeftModel`) with a random classifier, in evaluation mode.
+    """Return a real PEFT X-LoRA model (a `PeftModel`) with a random classifier, in evaluation mode.
 
     Args:
-        base_dir: the base model's directory.
-        adapters: the experts' directories; PEFT gets them under the names "0", "1", ...
-        seed: of the classifier's weights.
-        gate_scale: the standard deviation, about, of the classifier's logits: 1 puts gates far from uniform, and keeps
-            float32 errors of the logits from growing in the softmax.
+        base_dir: directory of the base model.
+        adapters: directories of the experts; PEFT gets them under the names "0", "1", ...
+        seed: seed of the classifier's weights.
+        gate_scale: approximate standard deviation of the classifier's logits. At 1, gates are far from uniform, and
+            float32 errors of the logits don't grow in the softmax.
         **config: fields of `peft.XLoraConfig`; a `scaling_pass_value` of None goes through `set_scaling_pass_value`.
     """
     base = copy.deepcopy(torch_base(base_dir))
@@ -227,25 +227,25 @@ def randomise_classifier(classifier: torch.nn.Module, seed: int, gate_scale: flo
 
 
 def classifier_of(model: Any) -> Any:
-    """PEFT's live `XLoraClassifier` of a `PeftModel`."""
+    """Return PEFT's live `XLoraClassifier` of a `PeftModel`."""
     return model.base_model.internal_xlora_classifier
 
 
 def peft_run(model: Any, **inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [B, T, V] and scalings [B, T, L, N] of PEFT's model for arrays named as its arguments."""
+    """Return logits [B, T, V] and scalings [B, T, L, N] of PEFT's model for arrays named as its arguments."""
     with torch.no_grad():
         logits = model(**tensors(inputs)).logits
     return logits.numpy(), model.base_model.get_latest_scalings().numpy()
 
 
 def base_run(base_dir: Path, dtype: torch.dtype = torch.float32, **inputs: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V], float32, of the base model in transformers."""
+    """Return logits [B, T, V], float32, of the base model in transformers."""
     with torch.no_grad():
         return torch_base(base_dir, dtype)(**tensors(inputs)).logits.float().numpy()
 
 
 def peft_generate(model: Any, max_new_tokens: int, **inputs: np.ndarray) -> np.ndarray:
-    """Greedy continuation, prompt included: int64 [B, T + new]."""
+    """Return the greedy continuation with its prompt: int64 [B, T + new]."""
     with torch.no_grad():
         return model.generate(**tensors(inputs), max_new_tokens=max_new_tokens, do_sample=False).numpy()
 
@@ -258,24 +258,24 @@ def tensors(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def peft_layer_names(model: Any) -> list[str]:
-    """The adapted layers of a PEFT X-LoRA model in its own order, under the base model's module names."""
+    """Return the adapted layers of a PEFT X-LoRA model in PEFT's order, under the base model's module names."""
     kinds = (lora.Linear, lora.Embedding, lora.Conv2d)
     return [name for name, module in model.base_model.lora_model.model.named_modules() if isinstance(module, kinds)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# X-LoRA once more, from its formula: for experts that PEFT's own X-LoRA can't load (on `lm_head`)
+# X-LoRA from its formula, for experts that PEFT's own X-LoRA can't load (on `lm_head`)
 
 
 def hooked_xlora_logits(
     base_dir: Path, adapters: Sequence[Path], gates: Callable[[str, int], torch.Tensor], **inputs: np.ndarray
 ) -> np.ndarray:
-    """Logits [B, T, V] of the base with `scale * B A (gate * x)` added by hooks at every adapted `nn.Linear`.
+    """Return logits [B, T, V] of the base with `scale * B A (gate * x)` added by hooks at every adapted `nn.Linear`.
 
     Args:
-        base_dir: the base model's directory.
+        base_dir: directory of the base model.
         adapters: directories of plain LoRA adapters (rank and alpha patterns are not read).
-        gates: (module name, expert) to the gate [B, T] of that expert at that module, already top-k'ed.
+        gates: (module name, expert) to the gate [B, T] of that expert at that module, after top-k.
         **inputs: arguments of the model.
     """
     base = torch_base(base_dir)
@@ -284,7 +284,7 @@ def hooked_xlora_logits(
 
 
 def adapter_matrices(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Per adapted module name: A [r, in or V], B [out, r], alpha / r (or alpha / sqrt(r))."""
+    """Return, by adapted module name, A [r, in or V], B [out, r], and alpha / r (or alpha / sqrt(r))."""
     config = LoraConfig.from_pretrained(str(adapter))
     weights = peft.utils.load_peft_weights(str(adapter), device="cpu")
     found = {}
@@ -321,7 +321,7 @@ def _mixing_hooks(
 
 
 def relative_error(ours: Any, theirs: Any, where: np.ndarray | None = None) -> float:
-    """||ours - theirs|| / ||theirs||, over the entries where the mask over the leading axes is not 0, in float64."""
+    """Return ||ours - theirs|| / ||theirs|| in float64, over entries where the mask of the leading axes is not 0."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"shapes differ: ours {ours.shape}, theirs {theirs.shape}"
     if where is not None:
@@ -331,7 +331,7 @@ def relative_error(ours: Any, theirs: Any, where: np.ndarray | None = None) -> f
 
 
 def prompt(batch: int, tokens: int, padding: str | None = None, seed: int = 0) -> dict[str, np.ndarray]:
-    """`input_ids` and `attention_mask`, int32 [B, T]; row b has 2 b fewer tokens where there is padding."""
+    """Return `input_ids` and `attention_mask`, int32 [B, T]; with padding, row b has 2 b fewer tokens."""
     ids = np.random.default_rng(seed).integers(1, VOCAB, (batch, tokens)).astype(np.int32)
     mask = np.ones_like(ids)
     for row in range(batch):
@@ -343,7 +343,7 @@ def prompt(batch: int, tokens: int, padding: str | None = None, seed: int = 0) -
 
 
 def pairwise(axes: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Few combinations in which every pair of values of two axes occurs (greedy, and always the same ones)."""
+    """Return few combinations in which every pair of values of two axes occurs (greedy and deterministic)."""
     names = list(axes)
     values = [list(axes[name]) for name in names]
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
@@ -364,5 +364,5 @@ def config_of(base_dir: Path) -> Any:
 
 
 def reload_in_peft(base_dir: Path, checkpoint: Path) -> Any:
-    """What a PEFT user does with an X-LoRA checkpoint."""
+    """Load an X-LoRA checkpoint in PEFT, as a user would."""
     return PeftModel.from_pretrained(copy.deepcopy(torch_base(base_dir)), str(checkpoint)).eval()

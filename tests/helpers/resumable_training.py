@@ -1,4 +1,4 @@
-"""Runs in a process of its own: forty steps with checkpoints in the directory given, to be killed and started again."""
+"""A script that trains forty steps with checkpoints in a given directory; tests kill it and start it again."""
 
 from __future__ import annotations
 

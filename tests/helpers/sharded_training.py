@@ -1,4 +1,4 @@
-"""Runs in a process of its own, with as many devices as XLA_FLAGS says: training on meshes, as one line of JSON."""
+"""A script that trains on meshes, with as many devices as XLA_FLAGS sets, and prints the results as a line of JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
 def train(mesh, rows=slice(None), **config):
-    """Losses of three steps, the collectives of the step as (kind, shape), and the shapes of whole stacks."""
+    """Return the losses of three steps, the collectives of a step as (kind, shape), and the shapes of whole stacks."""
     model, params = synthetic(layers=4, **config)
     optimizer = optax.adamw(1e-2)
     params = shard_params(params, mesh)

@@ -1,4 +1,4 @@
-"""A small X-LoRA model of arrays alone, for tests that need no files: unequal ranks, and a layer without experts."""
+"""A small X-LoRA model without files, with experts of unequal ranks and a layer without experts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def decoder(**changes: Any) -> Decoder:
 
 
 def make_experts(seed: int, params: dict[str, Any]) -> dict[str, Any]:
-    """Experts of ranks 1, 2, 3 at every slot; members without experts have columns of zeros."""
+    """Return experts of ranks 1, 2, 3 at every slot; members without experts have columns of zeros."""
     rng = np.random.default_rng(seed)
     columns = np.repeat(np.diag([2.0, 0.5, 1.0]), [1, 2, 3], axis=1).astype(np.float32)
     tree: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def make_experts(seed: int, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_like(seed: int, shapes: Any) -> Any:
-    """Arrays of these shapes: matrices that keep the variance of what passes through, norms and biases off neutral."""
+    """Return random arrays: matrices keep the variance of their inputs, norms and biases are not neutral."""
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> jax.Array:

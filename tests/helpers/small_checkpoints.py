@@ -1,4 +1,4 @@
-"""Small X-LoRA models as plain arrays, for tests of files: nothing here needs torch or a base model."""
+"""Small X-LoRA models as plain arrays, for tests of files, without torch or a base model."""
 
 import re
 from itertools import pairwise
@@ -13,7 +13,7 @@ NAMES = ("math", "code", "prose")
 
 
 def small_adapter(name, ranks, value=None, inputs=3, outputs=2, **config):
-    """An adapter of linear layers with these ranks, of random or constant factors."""
+    """Return an adapter of linear layers with these ranks, with random or constant factors."""
     rng = np.random.default_rng(abs(hash(name)) % 2**32)
     layers = {}
     for path, r in ranks.items():
@@ -34,7 +34,7 @@ BLOCKS = [f"model.layers.{i}.{module}" for i in range(2) for module in ("self_at
 
 
 def small_model(depth=2, layerwise=True, names=NAMES, value=None, dtype="f4", size=4, **options):
-    """The arguments of `write_xlora` for a small random model."""
+    """Return the arguments of `write_xlora` for a small random model."""
     config = XLoraConfig(
         hidden_size=5, adapters=dict.fromkeys(names, ""), xlora_depth=depth, xlora_size=size,
         layerwise_scalings=layerwise, **options,

@@ -1,4 +1,4 @@
-"""Small X-LoRA models of random arrays, without files: for what is about training and not about formats."""
+"""Small X-LoRA models of random arrays, without files, for tests of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ADAPTED = ("q_proj", "o_proj", "up_proj", "down_proj")
 def synthetic(
     experts: int = 3, layers: int = 2, rank: int = 4, head: bool = False, dtype: Any = jnp.float32, **config: Any
 ) -> tuple[XLora, dict[str, Any]]:
-    """A model and its parameters; every array random, the experts on four projections (and on `lm_head`)."""
+    """Return a model and its parameters: random arrays, experts on four projections (and on `lm_head`)."""
     decoder = DecoderConfig(VOCAB, WIDTH, 48, layers, 4, 2, 8, Rope(8))
     module = Decoder(decoder, dtype=dtype, param_dtype=dtype)
     base = module.init(jax.random.key(0), jnp.ones((1, 1), jnp.int32))["params"]
@@ -54,7 +54,7 @@ def synthetic(
 
 
 def batch(rows: int = 4, tokens: int = 12, seed: int = 0) -> dict[str, np.ndarray]:
-    """`input_ids` and `labels`, int32 [B, T]; the first tokens of each row are not learnt."""
+    """Return `input_ids` and `labels`, int32 [B, T]; the first tokens of each row are not learned."""
     ids = np.random.default_rng(seed).integers(1, VOCAB, (rows, tokens)).astype(np.int32)
     labels = ids.copy()
     for row in range(rows):

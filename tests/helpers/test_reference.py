@@ -1,4 +1,4 @@
-"""The reference harness against itself: what the parity tests lean on."""
+"""Tests of the reference models that the parity tests use."""
 
 import itertools
 
@@ -22,10 +22,10 @@ from tests.helpers.reference import (
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)])
 def test_ties_in_top_k_are_broken_alike_by_torch_and_jax_up_to_three(n, k):
-    """At a scaling pass with a constant gate and top-k, all gates tie: which experts act is then the library's choice.
+    """In a scaling pass with a constant gate and top-k, all gates tie, and the library chooses the experts.
 
-    torch leaves it open. On the CPU it takes the lowest indices for up to three entries, as `jax.lax.top_k` always
-    does; from four on it takes others (of 4: expert 2 at k = 1, experts 2 and 3 at k = 2).
+    torch leaves ties undefined. On CPUs it takes the lowest indices for up to three entries, as `jax.lax.top_k` always
+    does. From four entries on it takes others (of 4: expert 2 at k = 1, experts 2 and 3 at k = 2).
     """
     for values in itertools.product([0.0, 0.5, 1.0], repeat=n):
         theirs = torch.topk(torch.tensor([values]), k).indices[0].tolist()
@@ -64,7 +64,7 @@ def test_gates_of_the_reference_are_far_from_uniform_and_differ_between_layers(f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_formula_by_hooks_equals_peft(family, base, experts):
-    """So that it can stand in for PEFT where PEFT refuses: experts on `lm_head`."""
+    """The formula can then replace PEFT for experts that PEFT refuses: those on `lm_head`."""
     base_dir = base(family)
     adapters = experts(base_dir, "alike")
     model = peft_xlora(base_dir, adapters, layerwise_scalings=True)

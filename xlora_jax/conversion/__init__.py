@@ -1,1 +1,1 @@
-"""X-LoRA over Flax models of other authors, Linen and NNX."""
+"""X-LoRA for any Flax model, Linen or NNX."""

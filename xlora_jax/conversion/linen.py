@@ -1,9 +1,8 @@
-"""X-LoRA for any Flax Linen model, as it stands: its layers are intercepted, its parameters stay where they are.
+"""X-LoRA for any Flax Linen model, without changes to it: its layers are intercepted, its parameters keep their paths.
 
 Experts act wherever the ``experts`` collection has an entry at the path of an ``nn.Dense``, ``nn.DenseGeneral``,
-``nn.Einsum``, ``nn.Embed`` or ``nn.Conv``. Lifted transforms are no obstacle as long as they carry the collections:
-``nn.remat`` and ``nn.jit`` do so by themselves, ``nn.scan`` and ``nn.vmap`` have to be told with
-``variable_axes={"params": 0, "experts": 0, "scalings": 0}``.
+``nn.Einsum``, ``nn.Embed`` or ``nn.Conv``. Lifted transforms must carry the collections. ``nn.remat`` and ``nn.jit`` do
+so by default; ``nn.scan`` and ``nn.vmap`` need ``variable_axes={"params": 0, "experts": 0, "scalings": 0}``.
 
 NNX models: :mod:`xlora_jax.conversion.nnx`.
 
@@ -40,7 +39,18 @@ from xlora_jax.model import XLoraModel
 from xlora_jax.models import DecoderOutput
 from xlora_jax.trees import Path, flatten, unflatten
 
-__all__ = ["PLANS", "ForeignModule", "FoundLayer", "Lora", "convert", "find_layers", "put_together"]
+__all__ = [
+    "PLANS",
+    "Axes",
+    "ForeignModule",
+    "FoundLayer",
+    "Lora",
+    "Plan",
+    "convert",
+    "find_layers",
+    "intercepted",
+    "put_together",
+]
 
 _OURS = (XLoraDense, XLoraEmbed, XLoraConv, XLoraTiedHead)
 
@@ -50,10 +60,11 @@ class Lora:
     """One expert's LoRA of one module: it adds ``alpha / r * (x @ a @ b)``.
 
     Attributes:
-        a: ``[D, r]``; several input axes (``nn.DenseGeneral``, ``nn.Einsum``) flattened in the kernel's order. For an
-            embedding ``[V, r]``; for a convolution ``[*kernel_size, D, r]``, with all input channels even if the layer
-            is grouped. For modules under ``nn.scan``, with a leading axis M.
-        b: ``[r, F]``, output axes flattened likewise. PEFT's grouped convolutions have a block-diagonal one.
+        a: ``[D, r]``; several input axes (``nn.DenseGeneral``, ``nn.Einsum``) are flattened in the kernel's order. For
+            an embedding ``[V, r]``; for a convolution ``[*kernel_size, D, r]``, with all input channels even if the
+            layer is grouped. For modules under ``nn.scan``, with a leading axis M.
+        b: ``[r, F]``; several output axes are flattened in the kernel's order. For PEFT's grouped convolutions it is
+            block-diagonal.
         alpha: LoRA's alpha; None means r, so a scale of 1.
         dropout: probability of LoRA dropout in training.
     """
@@ -69,10 +80,10 @@ class FoundLayer:
     """A layer that experts can adapt.
 
     Attributes:
-        path: of the module.
-        shape: of its kernel as an expert sees it: ``[D, F]``, ``[V, D]`` or ``[*kernel_size, D, F]``.
-        members: M where ``nn.scan`` stacks it, else None.
-        carried: whether the transforms around it carry the collections ``experts`` and ``scalings``.
+        path: path of the module.
+        shape: shape of its kernel with flattened axes: ``[D, F]``, ``[V, D]`` or ``[*kernel_size, D, F]``.
+        members: M if ``nn.scan`` stacks the module, else None.
+        carried: whether the transforms around the module carry the collections ``experts`` and ``scalings``.
     """
 
     path: Path
@@ -83,24 +94,24 @@ class FoundLayer:
 
 @dataclass(frozen=True)
 class _Width:
-    """What stands for a declaration: all that is known of a foreign model is the width of its hidden states."""
+    """Minimal config: only the hidden size is known."""
 
     hidden_size: int
 
 
 @dataclass(frozen=True)
 class ForeignModule:
-    """Any Flax module with the interface of this library's own; hashable if its attributes are.
+    """An adapter that gives any Flax module the interface of this library's modules; hashable if its attributes are.
 
     Attributes:
-        module: the Flax module.
-        hidden_states: where the classifier's input ``[B, T, D]`` comes from: the path of a submodule, whose output it
-            is, such as ``"final_norm"``; or a function of the module's output.
-        logits: a function of the module's output.
-        positional: names of the inputs that are passed by position, in order; others go by name.
-        hidden_size: D.
-        dtype: of the computation of the classifier.
-        param_dtype: of its parameters.
+        module: Flax module.
+        hidden_states: source of the classifier's input ``[B, T, D]``: the path of a submodule, such as
+            ``"final_norm"``, whose output is taken; or a function of the module's output.
+        logits: function from the module's output to logits; None takes the output itself.
+        positional: names of the inputs that are passed by position, in order; others are passed by name.
+        hidden_size: D, width of the hidden states.
+        dtype: dtype of the classifier's computation.
+        param_dtype: dtype of the classifier's parameters.
     """
 
     module: nn.Module
@@ -113,7 +124,7 @@ class ForeignModule:
 
     @property
     def config(self) -> _Width:
-        """The width of the hidden states."""
+        """Config with the width of the hidden states."""
         return _Width(self.hidden_size)
 
     def apply(
@@ -130,7 +141,7 @@ class ForeignModule:
             raise NotImplementedError(
                 f"{type(self.module).__name__}: a converted model has no output head apart; call it as a whole"
             )
-        del with_logits  # what is not used of a jitted function is not computed
+        del with_logits  # jit drops logits that nothing uses
         given = dict(inputs)
         positional = [given.pop(name) for name in self.positional if name in given]
         path = _path(self.hidden_states) if isinstance(self.hidden_states, str) else None
@@ -154,7 +165,7 @@ class ForeignModule:
         rngs: dict[str, jax.Array],
         captured: Path | None,
     ) -> tuple[Any, jax.Array | None]:
-        """Run the model; give its output, and that of the submodule at the path ``captured`` if that was called."""
+        """Run the model; return its output, and the output of the submodule at ``captured``, or None if not called."""
         with intercepted():
             out, state = self.module.apply(
                 variables,
@@ -168,7 +179,7 @@ class ForeignModule:
         return out, None if found is None else found[0]
 
     def clone(self, **changes: Any) -> ForeignModule:
-        """Return the module, unless settings are given that only this library's own models have."""
+        """Return the module; raise ValueError for settings that only this library's own models have."""
         if given := sorted(name for name, value in changes.items() if value is not None):
             raise ValueError(
                 f"{type(self.module).__name__}: {', '.join(given)} can be set for this library's own models only; a "
@@ -177,7 +188,7 @@ class ForeignModule:
         return self
 
     def empty_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: how a foreign model keeps keys and values is its own affair."""
+        """Raise NotImplementedError: the cache of a foreign model is unknown."""
         raise NotImplementedError(
             f"{type(self.module).__name__} does not generate here: a converted model has no cache"
         )
@@ -189,10 +200,10 @@ def _path(name: str) -> Path:
 
 @contextlib.contextmanager
 def intercepted(seen: Callable[[nn.Module, tuple[int, ...]], None] | None = None) -> Iterator[None]:
-    """Within this block, layers of Flax mix the experts that they find at their paths.
+    """Make Flax layers mix the experts at their paths, within a ``with`` block.
 
     Args:
-        seen: called with each such layer, and the shape of its kernel as an expert sees it.
+        seen: function called with each such layer and the shape of its kernel with flattened axes.
     """
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -217,16 +228,23 @@ def intercepted(seen: Callable[[nn.Module, tuple[int, ...]], None] | None = None
 
 @dataclass(frozen=True)
 class Axes:
-    """Where an output's feature axes are: ``order`` brings them last, flattened they are F."""
+    """The feature axes of an output.
+
+    Attributes:
+        order: permutation that moves the feature axes last.
+        features: number of feature axes; flattened they are F.
+    """
 
     order: tuple[int, ...]
     features: int
 
     def flatten(self, outputs: jax.Array) -> jax.Array:
+        """Return ``outputs`` as ``[..., F]``, with the feature axes last and flattened."""
         moved = jnp.transpose(outputs, self.order)
         return moved.reshape(*moved.shape[: outputs.ndim - self.features], -1)
 
     def restore(self, mixed: jax.Array, like: jax.Array) -> jax.Array:
+        """Return ``mixed [..., F]`` in the shape of ``like``; the inverse of :meth:`flatten`."""
         moved = mixed.reshape([like.shape[axis] for axis in self.order])
         return jnp.transpose(moved, np.argsort(self.order).tolist())
 
@@ -234,7 +252,7 @@ class Axes:
 Plan = tuple[tuple[int, ...], Callable[[jax.Array], jax.Array], Axes | None]
 
 
-# Plans are for layers of NNX too, which share the names of all attributes that are read here.
+# Plans serve NNX layers too: they have the same names for all attributes that are read here.
 
 
 def _plan_dense(module: Any, outputs: jax.Array, inputs: jax.Array) -> Plan:
@@ -257,7 +275,7 @@ def _plan_dense_general(module: Any, outputs: jax.Array, inputs: jax.Array) -> P
             f"layer {'/'.join(module.path)}: nn.DenseGeneral with batch_dims {module.batch_dims} has a kernel for each "
             f"entry of the batch axes, and no single A and B; leave it out of the experts' targets"
         )
-    # Flax sorts them: the kernel's axes are in the order of the inputs'.
+    # Flax sorts the axes, so the kernel has them in the order of the inputs.
     axes = sorted(axis % inputs.ndim for axis in np.ravel(module.axis).tolist())
     features = np.ravel(module.features).tolist()
     x = _contracted_last(inputs, axes)
@@ -288,7 +306,7 @@ def _plan_einsum(module: Any, outputs: jax.Array, inputs: jax.Array, einsum_str:
 
 
 def _contracted_last(inputs: jax.Array, axes: list[int]) -> jax.Array:
-    """Bring the contracted axes last, in the kernel's order, as one axis D."""
+    """Move the contracted axes last, in the kernel's order, flattened to one axis D."""
     kept = [axis for axis in range(inputs.ndim) if axis not in axes]
     moved = jnp.transpose(inputs, [*kept, *axes])
     return moved.reshape(*moved.shape[: len(kept)], -1)
@@ -307,17 +325,17 @@ def find_layers(module: nn.Module, params: Mapping[str, Any], *inputs: Any, **na
     """Find the layers that experts can adapt, in the order in which a call of the model reaches them.
 
     Args:
-        module: the model.
-        params: its parameters.
-        *inputs: of a call, as the module takes them; only their shapes and dtypes matter.
-        **named: likewise.
+        module: model to search.
+        params: parameters of the model.
+        *inputs: positional inputs of a call; only their shapes and dtypes matter.
+        **named: named inputs of a call; only their shapes and dtypes matter.
 
     Returns:
-        Name (path joined by ``/``) to layer. The order is that of the scalings' axis of layers; layers that one
-        ``nn.scan`` stacks follow one another, block by block.
+        Mapping of name (path joined by ``/``) to layer, in the order of the layer axis of the scalings. There, the
+        layers that one ``nn.scan`` stacks follow one another, block by block.
     """
     kernels = {path[:-1]: leaf.shape for path, leaf in flatten(params).items() if path[-1] in ("kernel", "embedding")}
-    # Something at each kernel's path, to see whether it arrives there.
+    # A marker at each kernel's path shows whether the transforms carry the collections there.
     marks = unflatten({(*path, "mark"): np.zeros(shape[:1]) for path, shape in kernels.items()})
     found: dict[str, FoundLayer] = {}
 
@@ -357,26 +375,26 @@ def convert(
     """Make an X-LoRA model of any Flax Linen model.
 
     Args:
-        module: the model, in evaluation mode.
-        params: its parameters, which are not changed.
-        experts: expert name -> layer name (module path joined by ``/``) -> LoRA, in the order of the classifier's
-            outputs.
-        config: settings; ``hidden_size`` is the width of the hidden states.
+        module: model in evaluation mode.
+        params: parameters of the model; they are not changed.
+        experts: mapping of expert name -> layer name (module path joined by ``/``) -> LoRA, in the order of the
+            classifier's outputs.
+        config: X-LoRA settings; ``hidden_size`` is the width of the hidden states.
         hidden_states: path of a submodule whose output ``[B, T, D]`` the classifier reads, or a function of the
-            model's output. Usually what the output head reads.
-        example: inputs of a call by name, to trace the model with; only shapes and dtypes matter.
-        logits: function of the model's output; None takes the output itself.
-        positional: names of the inputs that the module takes by position, in order; others go by name.
-        dtype: of a new classifier.
-        expert_dtype: of the experts and their products.
-        seed: of the classifier.
+            model's output. Usually this is the input of the output head.
+        example: inputs of a call by name, to trace the model; only their shapes and dtypes matter.
+        logits: function from the model's output to logits; None takes the output itself.
+        positional: names of the inputs that the module takes by position, in order; others are passed by name.
+        dtype: dtype of the new classifier.
+        expert_dtype: dtype of the experts and of the operands of their products.
+        seed: seed of the new classifier.
 
     Returns:
         The model, with a new classifier. Adapted layers are numbered as :func:`find_layers` lists them.
 
     Raises:
-        ValueError: an expert names a layer that is not there or does not fit, or one that a lifted transform does not
-            bring the collections to; the message says what to add.
+        ValueError: an expert names a layer that does not exist or does not fit, or a lifted transform does not carry
+            the collections to the layer. The message says what to add.
     """
     foreign = ForeignModule(module, hidden_states, logits, positional, config.hidden_size, dtype, dtype)
     named = dict(example)
@@ -395,7 +413,7 @@ def put_together(
     expert_dtype: np.dtype[Any],
     seed: int,
 ) -> XLoraModel:
-    """Make the model of a module and its layers; arguments and errors as those of :func:`convert`."""
+    """Make an X-LoRA model of a wrapped module and its layers; arguments and errors as in :func:`convert`."""
     stacked, layers = _stack(experts, found, expert_dtype)
     hidden = jax.eval_shape(lambda params: foreign.apply({"params": params}, **example).hidden_states, params)
     if hidden.ndim != 3 or hidden.shape[-1] != config.hidden_size:
@@ -411,7 +429,7 @@ def put_together(
 def _stack(
     experts: Mapping[str, Mapping[str, Lora]], found: Mapping[str, FoundLayer], dtype: np.dtype[Any]
 ) -> tuple[dict[str, Any], AdaptedLayers]:
-    """The ``experts`` collection, and the numbering of its layers."""
+    """Return the ``experts`` collection, and the adapted layers with their numbers."""
     for expert, loras in experts.items():
         for name, lora in loras.items():
             _check(expert, name, lora, found)
@@ -436,7 +454,7 @@ def _stack(
 
 
 def _numbered(layers: list[FoundLayer]) -> tuple[tuple[str, ...], tuple[Slot, ...]]:
-    """Number layers in order; neighbours under one scan block by block."""
+    """Number layers in order; adjacent layers under one scan are numbered block by block."""
     names: list[str] = []
     numbers: dict[Path, list[int]] = {}
     while layers:

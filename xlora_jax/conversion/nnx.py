@@ -1,9 +1,9 @@
-"""X-LoRA for any Flax NNX model, unchanged: the counterpart of :mod:`xlora_jax.conversion.linen`, with the same names.
+"""X-LoRA for any Flax NNX model, without changes to it: the counterpart of :mod:`xlora_jax.conversion.linen`.
 
-NNX has no place to intercept, but a model is taken apart and put together anew for every call: there the layers that
-experts adapt get a class of their own, which mixes what stands in variables of theirs. So the experts go wherever a
-layer's own variables go, through ``nnx.scan`` and ``nnx.vmap`` too. ``nnx.Linear``, ``nnx.LinearGeneral``,
-``nnx.Einsum``, ``nnx.Embed`` and ``nnx.Conv`` can be adapted.
+NNX has no interceptors. But a model is split and merged for every call, and in the merged copy the adapted layers get
+another class, which mixes the experts in the layer's own variables. So the experts pass wherever a layer's variables
+pass, through ``nnx.scan`` and ``nnx.vmap`` too. ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``, ``nnx.Embed``
+and ``nnx.Conv`` can be adapted.
 
 Axes as in :mod:`xlora_jax.layers.mixing`, and M for modules stacked by ``nnx.scan``.
 """
@@ -40,7 +40,7 @@ _COLLECTIONS = ("experts", "scalings")
 
 
 class _Given(nnx.Variable[Any]):
-    """What a layer is given to mix; a type of its own, so that nobody's filter for parameters takes it for one."""
+    """An array of experts or gates in a layer; a distinct type, so parameter filters skip it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class NnxModule(ForeignModule):
     """An NNX model with the interface of this library's own modules.
 
     Attributes:
-        module: what ``nnx.split`` gives of its structure.
-        paths: of all its variables.
+        module: structure of the model, the ``GraphDef`` that ``nnx.split`` returns.
+        paths: paths of all variables of the model.
     """
 
     module: Any
@@ -81,7 +81,7 @@ class NnxModule(ForeignModule):
         return out, None if caught is None else caught[...]
 
     def merged(self, params: Mapping[str, Any]) -> Any:
-        """The model with these parameters."""
+        """Return the model with ``params``."""
         leaves = flatten(params)
         tree: dict[Any, Any] = {}
         for path in self.paths:
@@ -108,7 +108,7 @@ def _by_layer(collection: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
 
 
 def _seat(layer: Any, path: Path, given: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make a layer mix what it is given."""
+    """Store ``given`` in variables of a layer, and change its class to one that mixes them."""
     kind: Any = type(layer)
     layer.__class__ = _mixing(kind)
     layer.xlora_path = path
@@ -119,7 +119,7 @@ def _seat(layer: Any, path: Path, given: Mapping[str, Mapping[str, Any]]) -> Non
 
 @dataclass(frozen=True)
 class _Bound:
-    """A layer as :func:`xlora_jax.layers.modules.add_experts` and the plans see one of Linen."""
+    """An NNX layer with the Linen interface that :func:`xlora_jax.layers.modules.add_experts` and the plans need."""
 
     layer: Any
 
@@ -157,7 +157,7 @@ def _plan_of(kind: type) -> Callable[..., Any]:
 
 @lru_cache
 def _mixing(kind: Any) -> Any:
-    """The class of a layer that mixes experts."""
+    """Return the subclass of a layer class that mixes experts."""
     plan = _plan_of(kind)
 
     class Mixing(kind):  # type: ignore[misc]
@@ -176,7 +176,7 @@ def _mixing(kind: Any) -> Any:
 
 @lru_cache
 def _capturing(kind: Any) -> Any:
-    """The class of a module whose output is kept."""
+    """Return the subclass of a module class that keeps its output."""
 
     class Capturing(kind):  # type: ignore[misc]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ def _capturing(kind: Any) -> Any:
 def _described(
     model: nnx.Module, hidden_states: str | Callable[[Any], jax.Array] = "", **settings: Any
 ) -> tuple[NnxModule, dict[str, Any]]:
-    """Take a model apart: its structure, and its variables by path."""
+    """Split a model into its structure and its variables by path."""
     graphdef, state = nnx.split(model)
     leaves = {path: variable[...] for path, variable in nnx.to_flat_state(state)}
     foreign = NnxModule(graphdef, hidden_states, paths=tuple(leaves), **settings)
@@ -201,12 +201,12 @@ def find_nnx_layers(model: nnx.Module, *inputs: Any, **named: Any) -> dict[str, 
     """Find the layers that experts can adapt, in the order in which a call of the model reaches them.
 
     Args:
-        model: the model.
-        *inputs: of a call, as the model takes them; only their shapes and dtypes matter.
-        **named: likewise.
+        model: model to search.
+        *inputs: positional inputs of a call; only their shapes and dtypes matter.
+        **named: named inputs of a call; only their shapes and dtypes matter.
 
     Returns:
-        Name (path joined by ``/``) to layer; see :func:`xlora_jax.conversion.linen.find_layers`.
+        Mapping of name (path joined by ``/``) to layer; see :func:`xlora_jax.conversion.linen.find_layers`.
     """
     foreign, params = _described(model)
     kernels = {path[:-1]: leaf.shape for path, leaf in flatten(params).items() if path[-1] in _KERNELS}
@@ -227,7 +227,7 @@ def find_nnx_layers(model: nnx.Module, *inputs: Any, **named: Any) -> dict[str, 
         merged = foreign.merged(params)
         for path, layer in _by_path(merged).items():
             if path in kernels and issubclass(type(layer), tuple(_PLANS)):
-                # Something as large as the kernel, to see whether it arrives where that does.
+                # A marker as large as the kernel shows whether the transforms carry the experts too.
                 _seat(layer, path, {"experts": {"mark": jnp.zeros(kernels[path])}})
                 layer.xlora_seen = seen
         merged(*inputs, **named)
@@ -249,25 +249,27 @@ def convert_nnx(
     expert_dtype: jax.typing.DTypeLike = jnp.float32,
     seed: int = 0,
 ) -> XLoraModel:
-    """Make an X-LoRA model of any Flax NNX model; it is not changed.
+    """Make an X-LoRA model of any Flax NNX model; the model is not changed.
 
     Args:
-        model: the model, in evaluation mode (``model.eval()``).
-        experts: expert name -> layer name (path joined by ``/``) -> LoRA, in the order of the classifier's outputs.
-        config: as of :func:`xlora_jax.conversion.linen.convert`, like all that follow.
-        hidden_states: path of a submodule that stands in no transform, or a function of the model's output.
+        model: model in evaluation mode (``model.eval()``).
+        experts: mapping of expert name -> layer name (path joined by ``/``) -> LoRA, in the order of the classifier's
+            outputs.
+        config: X-LoRA settings. This and the following arguments are those of
+            :func:`xlora_jax.conversion.linen.convert`.
+        hidden_states: path of a submodule that is not inside a transform, or a function of the model's output.
         example: inputs of a call by name.
-        logits: function of the model's output; None takes the output itself.
+        logits: function from the model's output to logits; None takes the output itself.
         positional: names of the inputs that the model takes by position, in order.
-        dtype: of a new classifier.
-        expert_dtype: of the experts and their products.
-        seed: of the classifier.
+        dtype: dtype of the new classifier.
+        expert_dtype: dtype of the experts and of the operands of their products.
+        seed: seed of the new classifier.
 
     Returns:
-        The model; its base parameters are all variables of ``model``, by path.
+        The X-LoRA model; its base parameters are all variables of ``model``, by path.
 
     Raises:
-        ValueError: as :func:`xlora_jax.conversion.linen.convert`.
+        ValueError: see :func:`xlora_jax.conversion.linen.convert`.
     """
     foreign, params = _described(
         model,

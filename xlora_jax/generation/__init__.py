@@ -1,1 +1,1 @@
-"""Text from prompts: decoding with one cache per pass, drafting, sampling."""
+"""Text generation: decoding with one cache per pass, drafting, sampling."""

@@ -1,35 +1,35 @@
 """Decoding with one cache for each pass, on the device from the prompt to the last token.
 
-Two caches are exact: both passes are causal, so the gates at a position depend on earlier positions only, and neither
-cache changes when a token is appended. A token costs one position through each pass: two reads of the weights. Two
-methods need fewer reads and give the same tokens:
+Two caches are exact: both passes are causal, so the gates at a position depend only on the tokens up to that position,
+and neither cache changes when a token is appended. A token costs one position in each pass: two reads of the weights.
+Two methods need fewer reads and give the same tokens:
 
 **Stale gates.** The real pass at position p needs the gates of p, which only the scaling pass at p gives. So the two
-passes cannot share a read of the weights at the same position, but at neighboring positions they can. One step runs as
-one batch
+passes cannot share a read of the weights at the same position, but they can at adjacent positions. One step runs as one
+batch
 
     scaling pass  at p        gives the exact gates of p
     real pass     at p - 1    with its exact gates, known from the step before: gives the token of p, certain
     real pass     at p        with the gates of p - 1: gives a draft of p + 1 (gates change slowly)
 
-where the token at p was drafted by the step before. If the draft equals the certain token, the step has made a token
+where the token at p was drafted by the previous step. If the draft equals the certain token, the step has made a token
 for one read of the weights. The next step then overwrites position p of the real cache, with exact gates. If the draft
-was wrong, the certain token replaces it, and one step is lost. With a share a of drafts accepted a token costs 2 - a
-reads: never more than plain decoding, whatever the draft.
+was wrong, the certain token replaces it, and one step is lost. If a share a of the drafts is accepted, a token costs
+2 - a reads: never more than plain decoding, whatever the draft.
 
 **Lookup.** Several tokens are guessed from an earlier place in the text
 (:func:`~xlora_jax.generation.drafting.look_up`). Both passes run over all of them, one after the other. The guesses
-that agree with the real pass are kept: two reads give one token and every token that was guessed right.
+that agree with the real pass are kept: two reads give one token plus every correct guess.
 
 Every kept token was chosen from logits of exact gates, with the noise of its own position (see
-:mod:`xlora_jax.generation.sampling`): drafting changes neither a greedy nor a sampled text. One caveat: a step's matrix
+:mod:`xlora_jax.generation.sampling`). So drafting changes neither greedy nor sampled text. One caveat: a step's matrix
 products have more rows than those of plain decoding, so logits can differ in their last bits, and two tokens whose
-logits agree to within those bits can change places.
+logits agree to within those bits can swap.
 
-The parts: the state (:mod:`xlora_jax.generation.state`); the ways to make one step (:mod:`xlora_jax.generation.steps`);
-here :func:`prefill` and :func:`advance`, the two compiled functions, and :func:`decode`, the loop on the host that
-picks the way of the next steps. Axes as in :mod:`xlora_jax.layers.mixing`, S for the slots of the token buffer and of
-the caches, V for the vocabulary.
+This module has the two compiled functions, :func:`prefill` and :func:`advance`, and :func:`decode`, the loop on the
+host that picks the mode of the next steps. The state is in :mod:`xlora_jax.generation.state`, and the modes, each a way
+to make one step, are in :mod:`xlora_jax.generation.steps`. Axes as in :mod:`xlora_jax.layers.mixing`, S for the slots
+of the token buffer and of the caches, V for the vocabulary.
 """
 
 from __future__ import annotations
@@ -63,21 +63,21 @@ from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, s
 
 __all__ = ["advance", "decode", "prefill"]
 
-# Steps between two looks of the host at the tokens, where it has to look at all: of one token, and of several.
+# Steps between two checks of the tokens by the host, if checks are needed: for steps of one token, and for lookup.
 _STEPS, _LOOKUP_STEPS = 16, 4
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="chunk", donate_argnums=3)
 def prefill(xlora: XLora, settings: Settings, params: Params, state: State, offset: jax.Array, *, chunk: int) -> State:
-    """Run one chunk of the prompts through both passes, and choose the first token of rows that end in it.
+    """Run one chunk of the prompts through both passes, and choose the first token of rows that end in the chunk.
 
     Args:
         xlora: static description.
-        settings: of the generation.
-        params: of the model.
-        state: with all chunks before this one run.
+        settings: settings of the generation.
+        params: parameters of the model.
+        state: state after all chunks before this one.
         offset: position of the chunk's first token.
-        chunk: T, tokens per row.
+        chunk: T, number of tokens per row.
     """
     batch = len(state.tokens)
     tokens = lax.dynamic_slice_in_dim(state.tokens, offset, chunk, axis=1)
@@ -97,7 +97,7 @@ def prefill(xlora: XLora, settings: Settings, params: Params, state: State, offs
         hidden, scaling = scaling_pass(xlora, params, cache=state.scaling, **inputs)
         scalings = classify(xlora, params, hidden)
         out = real_pass(xlora, params, scalings, cache=state.real, with_logits=False, **inputs)
-        # The output head may have experts too: it needs the gates of the one position that it sees.
+        # The output head may have experts too, so it needs the gates of its one position.
         logits = unembed(xlora, params, at_last(out.hidden_states), at_last(scalings))[:, 0]
         recorded = state.recorded
         if recorded is not None:
@@ -117,16 +117,16 @@ def prefill(xlora: XLora, settings: Settings, params: Params, state: State, offs
 def advance(
     xlora: XLora, settings: Settings, mode: Mode, params: Params, state: State, stop: jax.Array, steps: jax.Array
 ) -> State:
-    """Make steps of one mode until every row has ended or come to its ``stop``, without a host round trip per token.
+    """Make steps of one mode until every row has ended or reached its ``stop``, without a host round trip per token.
 
     Args:
         xlora: static description.
-        settings: of the generation.
-        mode: how to make a step.
-        params: of the model.
-        state: after :func:`prefill` of all chunks.
+        settings: settings of the generation.
+        mode: way to make a step.
+        params: parameters of the model.
+        state: state after :func:`prefill` of all chunks.
         stop: int32 ``[B]``, length at which a row waits.
-        steps: the most steps to make.
+        steps: maximum number of steps.
     """
 
     def active(state: State) -> jax.Array:
@@ -157,14 +157,15 @@ def decode(
 
     Args:
         xlora: static description.
-        settings: of the generation.
-        params: of the model.
-        state: donated.
-        steps: the most steps between two states; None for no such bound.
-        stop_at: asked about each row's new tokens before a state is yielded: how many stay if they end it, else None.
+        settings: settings of the generation.
+        params: parameters of the model.
+        state: initial state, donated.
+        steps: maximum number of steps between two states; None for no limit.
+        stop_at: function called with each row's new tokens before a state is yielded. It returns the number of tokens
+            to keep if they end the row, else None.
 
     Yields:
-        States; the first is after the prompts and has one new token per row. Each is donated when the next is made.
+        States. The first follows the prompts and has one new token per row. Each is donated when the next is made.
     """
     first = np.array(state.length)
     most = np.array(state.limit)
@@ -180,8 +181,8 @@ def decode(
         return _stopped(state, first, stop_at)
 
     if switch is not None and first.max() <= switch < most.max() - 1:
-        # The token at position `switch` is the first whose pass has other rotary frequencies, and then all that is
-        # cached is no longer true. It is chosen before; drafting would look beyond it.
+        # From position `switch` on, the model uses other rotary frequencies, and all cached keys are wrong. The token
+        # at `switch` itself is still chosen before that; drafting would look beyond it.
         mode: Mode = Base() if state.scaling is None else Plain()
         while (left := switch + 1 - int(state.length.max())) > 0 and not state.done.all():
             state = run(state, mode, most, left)
@@ -221,7 +222,7 @@ def _bytes_of(params: Params) -> int:
 
 
 def _stopped(state: State, first: Ints, stop_at: StopAt | None) -> State:
-    """End the rows that ``stop_at`` ends."""
+    """Return the state after ``stop_at`` has ended some of the rows."""
     if stop_at is None:
         return state
     kept = [stop_at(new.tolist()) for new in new_tokens(state, first)]

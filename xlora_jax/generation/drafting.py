@@ -1,12 +1,12 @@
 """Drafting: guesses from the text itself, and the rule that chooses the way to decode.
 
-The ways are described in :mod:`xlora_jax.generation.decoding`. The rule:
+:mod:`xlora_jax.generation.decoding` describes the ways. The rule:
 
-- A text that repeats itself is looked up: on CPUs from 4 tokens per step, on accelerators from 2.5. What lookup would
-  have made of the text so far shows in its tokens, without running it.
-- On accelerators, where a few more rows cost next to nothing, up to 32 texts are decoded with stale gates, as long as
-  at least a quarter of the drafts is right.
-- Otherwise decoding is plain; always so on a CPU whose cache holds the weights, since reads are not what costs there.
+- Text that repeats itself is decoded by lookup: on CPUs from 4 tokens per step, on accelerators from 2.5. The number of
+  tokens that lookup would have made per step is computed from the text so far, without running the model.
+- On accelerators, where a few more rows cost almost nothing, up to 32 texts are decoded with stale gates, as long as at
+  least a quarter of the drafts is right.
+- Otherwise decoding is plain. It is always plain on a CPU whose cache holds the weights, because reads are cheap there.
 
 Axes: B batch, S slots of the token buffer, K guesses.
 """
@@ -25,42 +25,43 @@ from xlora_jax.backend import target_backend
 __all__ = ["GUESSES", "Chooser", "Way", "look_up"]
 
 Ints = npt.NDArray[np.int32]
-# Plain; a draft from the gates of the token before; several drafts from the text.
+# No drafts; one draft, made with the gates of the previous token; several drafts, from the text.
 Way = Literal["plain", "gates", "lookup"]
 
-# Guesses that one step checks. More repeat rarely, and cost rows.
+# Number of guesses that one step checks. Longer repetitions are rare, and each guess costs a row.
 GUESSES = 7
-# Tokens that are compared to find where the text has been before.
+# Number of tokens that are compared to find an earlier occurrence of the end of the text.
 _CONTEXT = 3
-# Tokens per step from which a lookup pays. Its eight rows cost a CPU up to four times one row (two kinds of CPU
-# measured), and an accelerator little more than one row, but two reads of the weights where stale gates need about one.
+# Tokens per step from which a lookup pays. Its eight rows cost up to four times one row on a CPU (measured on two kinds
+# of CPU). On an accelerator they cost little more than one row, but two reads of the weights; stale gates need about
+# one.
 _REPEATS_ON_CPU, _REPEATS = 4.0, 2.5
-# Texts that are decoded with stale gates at most: four rows each.
+# Maximum number of texts that are decoded with stale gates: each takes four rows.
 _MOST_TEXTS = 32
 # Least share of stale-gate drafts that are right.
 _LEAST_ACCEPTANCE = 0.25
 # Weights up to this size stay in a CPU's cache from token to token.
 _CACHED = 64 * 2**20
-# Weight of what was seen before the last piece of text, against that piece.
+# Weight of all earlier text, relative to the last piece of text.
 _MEMORY = 0.6
-# Stale-gate drafts that are taken as seen, and right, before the first one has been checked.
+# Prior: number of stale-gate drafts that are counted as checked and right at the start.
 _PRIOR = 8.0
 
 
 def look_up(tokens: Any, length: Any, count: int = GUESSES) -> Any:
-    """Guess the tokens that follow, from an earlier place in the row that looks like its end (arXiv 2304.04487).
+    """Guess the next tokens from an earlier place in the row that matches its end (arXiv 2304.04487).
 
-    The place is the latest of those that agree with the row's last tokens over the longest stretch, up to three tokens.
-    If the continuation of that place runs into the end of the row, the stretch between the two is repeated. If nothing
-    matches, the last token is repeated.
+    The place is the latest one that matches the most tokens at the row's end, up to three. If its continuation reaches
+    the end of the row, the tokens between the place and the end are repeated. If nothing matches, the last token is
+    repeated.
 
     Args:
         tokens: int ``[B, S]``, NumPy or JAX.
-        length: int ``[B]``, how many of them are there; at least 2.
-        count: K.
+        length: int ``[B]``, number of tokens of each row, at least 2.
+        count: K, number of guesses.
 
     Returns:
-        int ``[B, K]``, of the kind of ``tokens``.
+        int ``[B, K]``, NumPy or JAX like ``tokens``.
     """
     xp: Any = np if isinstance(tokens, np.ndarray) else jnp  # NumPy 1.26 has no __array_namespace__
     slots = xp.arange(tokens.shape[1])
@@ -76,10 +77,10 @@ def look_up(tokens: Any, length: Any, count: int = GUESSES) -> Any:
 
 @dataclass
 class Chooser:
-    """The rule at the head of this module, applied to one generation.
+    """The rule described at the top of this module, applied to one generation.
 
     Attributes:
-        looked: int32 ``[B]``, number of tokens of each row's text that have been looked at.
+        looked: int32 ``[B]``, number of tokens of each row's text that have been examined.
     """
 
     looked: Ints
@@ -91,17 +92,17 @@ class Chooser:
 
     @staticmethod
     def pays(weight_bytes: int) -> bool:
-        """Return whether any draft can pay, for parameters of that size."""
+        """Return whether drafts can pay for parameters of ``weight_bytes``."""
         return target_backend() != "cpu" or weight_bytes >= _CACHED
 
     def see(self, tokens: Ints, length: Ints, checked: int, accepted: int) -> None:
-        """Take in the text so far.
+        """Update the rule's estimates with the text so far.
 
         Args:
             tokens: int32 ``[B, S]``.
-            length: int32 ``[B]``.
-            checked: number of stale-gate drafts checked since the beginning.
-            accepted: number of those that were right.
+            length: int32 ``[B]``, number of tokens of each row.
+            checked: number of stale-gate drafts checked since the start.
+            accepted: number of these drafts that were right.
         """
         new = (checked - self._counted[0], accepted - self._counted[1])
         self._counted = checked, accepted

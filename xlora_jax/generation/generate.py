@@ -1,4 +1,7 @@
-"""Text from prompts: settings, batches, streams, statistics. :mod:`xlora_jax.generation.decoding` makes the tokens."""
+"""Generation from prompts: settings, batches, streams, statistics.
+
+:mod:`xlora_jax.generation.decoding` makes the tokens.
+"""
 
 from __future__ import annotations
 
@@ -34,31 +37,31 @@ __all__ = ["Generated", "GenerationConfig", "GenerationStats", "generate", "stre
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What can be asked of a generation. Names and meaning are those of transformers where it has them.
+    """Settings of a generation. Those that transformers has too have its names and meaning.
 
     Attributes:
-        max_new_tokens: at least 1.
-        do_sample: draw (True) or take the most probable token (False).
-        temperature: positive; divides the logits of a draw.
-        top_k: draw among the k most probable tokens; None or 0 for all.
-        top_p: draw among the fewest most probable tokens that together reach this probability.
-        min_p: draw among tokens at least this many times as probable as the most probable one.
-        repetition_penalty: above 1 makes what has occurred in the row less probable, greedy or drawn.
-        logits_processors: your own, see :class:`~xlora_jax.generation.sampling.LogitsProcessor`.
-        num_return_sequences: rows for each prompt, one behind the other, each with draws of its own.
-        eos_token_id: token or tokens that end a row; None runs every row to the end.
-        pad_token_id: fills a row after its end; None takes the first ``eos_token_id``.
-        seed: of the draws. What is drawn depends on seed, row and position only.
-        stop_at: from the new tokens of a row to how many of them stay if they end it, else None; asked every few steps.
-            See :class:`~xlora_jax.generation.text.StopStrings`.
-        draft: True drafts tokens in the way that is likely to be fastest for this text, or not at all; "gates" and
-            "lookup" always draft in that way, False never does. The tokens are the same. See
+        max_new_tokens: maximum number of new tokens per row, at least 1.
+        do_sample: whether to draw tokens (True) or take the most probable token (False).
+        temperature: positive divisor of the logits of a draw.
+        top_k: number of most probable tokens to draw from; None or 0 for all.
+        top_p: probability that the tokens to draw from reach together; the fewest most probable ones are taken.
+        min_p: least probability of the tokens to draw from, relative to the most probable token.
+        repetition_penalty: factor above 1 that makes tokens of the row less probable, for greedy and drawn tokens.
+        logits_processors: your own processors, see :class:`~xlora_jax.generation.sampling.LogitsProcessor`.
+        num_return_sequences: number of rows for each prompt. They are adjacent, and each has its own draws.
+        eos_token_id: token or tokens that end a row; None runs every row to ``max_new_tokens``.
+        pad_token_id: token that fills a row after its end; None means the first ``eos_token_id``.
+        seed: seed of the draws. A draw depends on seed, row and position only.
+        stop_at: function from the new tokens of a row to the number of tokens to keep if they end the row, else None.
+            Called every few steps. See :class:`~xlora_jax.generation.text.StopStrings`.
+        draft: way to draft. True chooses the way that is likely to be fastest for this text, or none; "gates" and
+            "lookup" always draft in that way; False never drafts. The tokens are the same. See
             :mod:`xlora_jax.generation.decoding`.
-        frozen_after: keep the gates as they are after so many new tokens, and run one pass per token from then on.
-            APPROXIMATE: from there on the tokens are not those of the model. Nothing is drafted then.
-        cache_dtype: of keys and values; None takes the model's.
-        prefill_chunk: the most tokens of a prompt that run at once; bounds the memory of long prompts.
-        beyond_context: allow ``max_new_tokens`` above the positions that the model was made for.
+        frozen_after: number of new tokens after which the gates stay constant and each token takes one pass.
+            APPROXIMATE: later tokens may differ from the model's. Turns drafting off.
+        cache_dtype: dtype of keys and values; defaults to the compute dtype.
+        prefill_chunk: maximum number of prompt tokens that run at once; bounds the memory of long prompts.
+        beyond_context: whether ``max_new_tokens`` may exceed the positions that the model was made for.
     """
 
     max_new_tokens: int = 20
@@ -95,22 +98,22 @@ class GenerationConfig:
 
     @property
     def eos(self) -> tuple[int, ...]:
-        """All tokens that end a row."""
+        """Tokens that end a row."""
         return () if self.eos_token_id is None else tuple(int(token) for token in np.ravel(self.eos_token_id))
 
     @property
     def pad(self) -> int:
-        """The token that fills a row after its end."""
+        """Token that fills a row after its end."""
         return self.pad_token_id if self.pad_token_id is not None else (*self.eos, 0)[0]
 
     def settings(self, *, record: bool = False) -> Settings:
-        """The static part, from which functions are compiled.
+        """Return the static part, for which functions are compiled.
 
         Args:
-            record: keep the scalings of all positions.
+            record: whether to keep the scalings of all positions.
 
         Raises:
-            ValueError: a setting of the sampler without meaning.
+            ValueError: a setting of the sampler is invalid.
         """
         sampler = Sampler.of(
             do_sample=self.do_sample,
@@ -121,7 +124,7 @@ class GenerationConfig:
             repetition_penalty=self.repetition_penalty,
             extra=self.logits_processors,
         )
-        # The gates that stay would depend on whether the last token before was drafted.
+        # With drafts, the frozen gates would depend on whether the last token was drafted.
         draft = self.draft if self.frozen_after is None else False
         dtype = None if self.cache_dtype is None else jnp.dtype(self.cache_dtype)
         return Settings(sampler, self.eos, dtype, self.prefill_chunk, draft, self.frozen_after, record)
@@ -129,20 +132,20 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What a generation cost.
+    """Cost of a generation.
 
     Attributes:
-        rows: sequences generated.
-        prompt_tokens: without padding, all rows together.
-        new_tokens: likewise.
-        prefill_seconds: until the first token of every row, compilation included if there was any.
-        decode_seconds: from there to the end.
-        reads_per_token: reads of the weights per token of a row, first tokens aside: 1 is the base model alone, 2 plain
-            decoding with two passes.
+        rows: number of sequences generated.
+        prompt_tokens: number of prompt tokens of all rows together, without padding.
+        new_tokens: number of new tokens of all rows together, without padding.
+        prefill_seconds: seconds until the first token of every row, including any compilation.
+        decode_seconds: seconds from then to the end.
+        reads_per_token: reads of the weights per token of a row, without the first tokens: 1 for the base model alone,
+            2 for plain decoding with two passes.
         acceptance: share of drafts from stale gates that were right; None if there were none.
-        guessed: share of new tokens that were guessed from the text before.
-        cache_bytes: of both caches.
-        cache_bytes_per_token: of a row, in layers that do not keep a ring: what one more token needs.
+        guessed: share of new tokens that were guessed from earlier text.
+        cache_bytes: size of both caches.
+        cache_bytes_per_token: bytes that one more token of a row needs, in layers without a sliding window.
     """
 
     rows: int
@@ -159,13 +162,13 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Generated:
-    """What :func:`generate` gives.
+    """Result of :func:`generate`.
 
     Attributes:
-        tokens: int32 ``[B, T + new]``, NumPy: the prompts as given, then what was generated, then padding.
+        tokens: int32 ``[B, T + new]``, NumPy: the prompts as given, then the new tokens, then padding.
         scalings: ``[B, T + new - 1, L or 1, N]`` by column, zero where there is no token; None if not recorded. The
-            last token generated has none: nothing was predicted from it.
-        stats: what it cost.
+            last new token has no scalings, because no token was predicted from it.
+        stats: cost of the generation.
     """
 
     tokens: Ints
@@ -187,15 +190,15 @@ def generate(
 
     Args:
         xlora: static description.
-        params: of the model.
+        params: parameters of the model.
         input_ids: int ``[B, T]``.
-        attention_mask: ``[B, T]``, zero at padding, which may stand anywhere; None for none.
-        config: what is asked for.
-        experts: False runs the base model alone.
-        record: also return the scalings.
+        attention_mask: ``[B, T]``, zero at padding, at any position of a row; None if there is no padding.
+        config: generation settings.
+        experts: whether to run the experts; False runs the base model alone.
+        record: whether to return the scalings too.
 
     Raises:
-        ValueError: shapes that do not fit, a prompt without tokens, or a setting without meaning.
+        ValueError: shapes do not fit, a prompt has no tokens, or a setting is invalid.
     """
     run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, record=record)
     *_, state = run.states(None)
@@ -218,22 +221,22 @@ def stream(
     experts: bool = True,
     steps: int = 4,
 ) -> Generator[list[Ints], None, GenerationStats]:
-    """Generate piece by piece; the tokens are those of :func:`generate`, whose arguments these are.
+    """Generate piece by piece. The tokens are those of :func:`generate`.
 
     Args:
         xlora: static description.
-        params: of the model.
+        params: parameters of the model.
         input_ids: int ``[B, T]``.
-        attention_mask: ``[B, T]``, or None.
-        config: what is asked for.
-        experts: False runs the base model alone.
-        steps: between two pieces.
+        attention_mask: ``[B, T]``, zero at padding; None if there is no padding.
+        config: generation settings.
+        experts: whether to run the experts; False runs the base model alone.
+        steps: number of decoding steps between two pieces.
 
     Yields:
-        For each row its new tokens since the last piece, int32; rows go on at their own pace.
+        One int32 array per row: its new tokens since the last piece. Rows advance at different speeds.
 
     Returns:
-        What it cost: the value of ``yield from``.
+        Cost of the generation, as the value of ``yield from``.
     """
     run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts)
     given = np.zeros_like(run.lengths)
@@ -243,7 +246,7 @@ def stream(
         piece = [tokens[count:] for tokens, count in zip(new, given, strict=True)]
         if any(map(len, piece)):
             yield piece
-        # A stop can take tokens back that were given; they are not given again.
+        # A stop can remove tokens that were yielded before; they are not yielded again.
         given = np.maximum(given, [len(tokens) for tokens in new])
     assert state is not None
     return run.stats(state)
@@ -251,12 +254,12 @@ def stream(
 
 @dataclass
 class _Run:
-    """One generation under way: its prompts, and when what happened.
+    """A generation in progress: its prompts and its times.
 
     Attributes:
-        input_ids: int32 ``[B, T]`` as given, a row for each sequence to be returned.
-        attention_mask: ``[B, T]``.
-        lengths: int32 ``[B]``, tokens of the prompts.
+        input_ids: int32 ``[B, T]`` as given, with one row for each sequence to return.
+        attention_mask: ``[B, T]``, zero at padding.
+        lengths: int32 ``[B]``, number of tokens of each prompt.
     """
 
     model: XLora
@@ -335,7 +338,7 @@ class _Run:
 
     def states(self, steps: int | None) -> Iterator[State]:
         self.started = time.perf_counter()
-        # Slots are positions: tokens move together at the row's start, in order, and padding behind them.
+        # Slots are positions, so tokens are moved to the start of the row, in order, and padding to its end.
         order = np.argsort(self.attention_mask == 0, axis=1, kind="stable")
         state = start(
             self.model,
@@ -371,7 +374,7 @@ class _Run:
 
 
 def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> jax.Array | None:
-    """Scalings by column of the prompts as given, from scalings by position."""
+    """Return scalings by column of the prompts as given, from scalings by position."""
     if state.recorded is None:
         return None
     columns = first[:, None] + np.arange(new - 1)

@@ -1,9 +1,8 @@
-"""From logits to the next token: processors as in transformers, in its order, and a draw that can be repeated.
+"""From logits to the next token: the processors of transformers, in its order, and a reproducible draw.
 
-A processor is a frozen dataclass that maps ``(logits, tokens, length)`` to logits; a :class:`Sampler` holds a tuple of
-them, so that it is hashable and can be a static argument of ``jax.jit``. The noise of a draw depends on seed, row and
-position alone. What is generated is therefore the same whether tokens come one at a time or are drafted and checked,
-streamed or not.
+A processor is a frozen dataclass that maps ``(logits, tokens, length)`` to logits. A :class:`Sampler` holds a tuple of
+processors, so it is hashable and can be a static argument of ``jax.jit``. The noise of a draw depends on seed, row and
+position alone. So the text is the same with and without drafts, streamed or not.
 
 Axes: B batch, S slots of the token buffer, V vocabulary.
 """
@@ -30,33 +29,33 @@ __all__ = [
 
 
 class LogitsProcessor(Protocol):
-    """A pure function of the logits and of what came before; hashable."""
+    """A pure function of the logits and of the earlier tokens; hashable."""
 
     def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
         """Return the changed logits.
 
         Args:
             logits: float32 ``[B, V]``.
-            tokens: int32 ``[B, S]``; of row b the first ``length[b]`` are there.
-            length: int32 ``[B]``.
+            tokens: int32 ``[B, S]``; the first ``length[b]`` tokens of row b are valid.
+            length: int32 ``[B]``, number of tokens of each row.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Divide positive logits of tokens that have occurred in the row by ``penalty``, multiply negative ones.
+    """Discourage tokens that occur in the row: divide their positive logits by ``penalty``, multiply negative ones.
 
     arXiv 1909.05858. The prompt counts; padding does not.
 
     Attributes:
-        penalty: positive; above 1 discourages.
+        penalty: positive factor; above 1 discourages.
     """
 
     penalty: float
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate the fields."""
         _require("repetition_penalty", self.penalty, self.penalty > 0, "> 0 (1 changes nothing)")
 
     def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
@@ -72,13 +71,13 @@ class Temperature:
     """Divide the logits.
 
     Attributes:
-        temperature: positive; lower is sharper.
+        temperature: positive divisor; lower is sharper.
     """
 
     temperature: float
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate the fields."""
         _require("temperature", self.temperature, self.temperature > 0, "> 0; for greedy decoding do_sample=False")
 
     def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
@@ -88,16 +87,16 @@ class Temperature:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k largest logits, and those equal to the k-th; set the others to -inf.
+    """Keep the k largest logits and those equal to the k-th; set the others to -inf.
 
     Attributes:
-        k: at least 1; above V it keeps all.
+        k: number of logits to keep, at least 1; above V it keeps all.
     """
 
     k: int
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate the fields."""
         _require("top_k", self.k, self.k >= 1, ">= 1 (None or 0 keeps all)")
 
     def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
@@ -111,13 +110,13 @@ class TopP:
     """Keep the fewest most probable tokens whose probabilities together reach p (nucleus sampling, arXiv 1904.09751).
 
     Attributes:
-        p: within (0, 1]. The most probable token always stays.
+        p: probability in (0, 1]. The most probable token always stays.
     """
 
     p: float
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate the fields."""
         _require("top_p", self.p, 0 < self.p <= 1, "within (0, 1]")
 
     def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
@@ -135,13 +134,13 @@ class MinP:
     """Keep tokens at least ``p`` times as probable as the most probable one (arXiv 2407.01082).
 
     Attributes:
-        p: within [0, 1].
+        p: factor in [0, 1].
     """
 
     p: float
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate the fields."""
         _require("min_p", self.p, 0 <= self.p <= 1, "within [0, 1]")
 
     def __call__(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
@@ -153,11 +152,11 @@ class MinP:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the next token is chosen; hashable.
+    """A rule that chooses the next token; hashable.
 
     Attributes:
-        do_sample: draw from the distribution (True), or take the most probable token (False).
-        processors: applied to the logits in this order before that.
+        do_sample: whether to draw from the distribution (True) or take the most probable token (False).
+        processors: processors of the logits, applied in this order before the choice.
     """
 
     do_sample: bool = False
@@ -178,7 +177,7 @@ class Sampler:
         """Make a sampler from the settings of transformers' ``generate``.
 
         Args:
-            do_sample: see :class:`Sampler`. Without it the four settings of the draw have no effect, as there.
+            do_sample: see :class:`Sampler`. If False, the next four settings have no effect, as in transformers.
             temperature: see :class:`Temperature`.
             top_k: see :class:`TopK`; None or 0 keeps all.
             top_p: see :class:`TopP`; None or 1 keeps all.
@@ -187,9 +186,9 @@ class Sampler:
             extra: your own processors; they come after the penalty and before the temperature, as in transformers.
 
         Raises:
-            ValueError: a setting without meaning.
+            ValueError: a setting is invalid.
         """
-        # All are made, so that a setting without meaning is refused even where it would have no effect.
+        # All processors are made, so that an invalid setting is refused even if it would have no effect.
         draw: list[LogitsProcessor] = [Temperature(temperature)]
         if top_k:
             draw.append(TopK(top_k))
@@ -203,7 +202,7 @@ class Sampler:
         return cls(do_sample, tuple(processor for processor in chosen if processor not in neutral))
 
     def process(self, logits: jax.Array, tokens: jax.Array, length: jax.Array) -> jax.Array:
-        """Return ``logits [B, V]``, float32, as the processors leave them; arguments as in :class:`LogitsProcessor`."""
+        """Apply the processors and return float32 ``[B, V]``; arguments as in :class:`LogitsProcessor`."""
         logits = logits.astype(jnp.float32)
         for processor in self.processors:
             logits = processor(logits, tokens, length)
@@ -216,7 +215,7 @@ class Sampler:
             rng: PRNG key of the whole generation, the same at every position.
             logits: float ``[B, V]``.
             tokens: int32 ``[B, S]``.
-            length: int32 ``[B]``.
+            length: int32 ``[B]``, number of tokens of each row.
 
         Returns:
             int32 ``[B]``.
@@ -226,8 +225,8 @@ class Sampler:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         def draw(row: jax.Array, position: jax.Array, scores: jax.Array) -> jax.Array:
-            # Gumbel noise of this row and position: a draft and its check draw with the same, so where their
-            # distributions agree they nearly always agree on the token, and what is kept is the check's own draw.
+            # Gumbel noise of this row and position. A draft and its check use the same noise, so they nearly always
+            # agree on the token if their distributions are close. The check's draw is the one that is kept.
             return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(rng, row), position), scores)
 
         return jax.vmap(draw)(jnp.arange(len(logits)), length, logits).astype(jnp.int32)

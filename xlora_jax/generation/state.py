@@ -1,4 +1,4 @@
-"""The state of a generation: token buffers, caches, counters, and the small updates that every step makes.
+"""The state of a generation: token buffers, caches, counters, and the updates that every step makes.
 
 Axes as in :mod:`xlora_jax.layers.mixing`, S for the slots of the token buffer and of the caches, V for the vocabulary.
 """
@@ -22,26 +22,45 @@ from xlora_jax.generation.sampling import Sampler
 from xlora_jax.models import KVCache, Place
 from xlora_jax.passes import XLora
 
+__all__ = [
+    "UNBOUNDED",
+    "Draft",
+    "Ints",
+    "Settings",
+    "State",
+    "StopAt",
+    "append_token",
+    "bucket",
+    "choose_token",
+    "chunk_size",
+    "last_token",
+    "new_tokens",
+    "record_scalings",
+    "select_rows",
+    "start",
+    "update",
+]
+
 Ints = npt.NDArray[np.int32]
-# From the new tokens of a row to how many of them stay if they end it, else None.
+# Function from the new tokens of a row to the number of tokens to keep if they end the row, else None.
 StopAt = Callable[[Sequence[int]], int | None]
-# Not at all; always one of the two ways; or whatever is likely to be fastest.
+# False: never; True: the way that is likely to be fastest, or none; "gates", "lookup": always that way.
 Draft = Literal[False, True, "gates", "lookup"]
 UNBOUNDED = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The part of a :class:`~xlora_jax.generation.generate.GenerationConfig` that functions are compiled for; hashable.
+    """The static part of a :class:`~xlora_jax.generation.generate.GenerationConfig`, for compilation; hashable.
 
     Attributes:
-        sampler: how a token is chosen.
+        sampler: rule that chooses a token.
         eos: tokens that end a row.
-        cache_dtype: of keys and values; None takes that of the model's computation.
-        prefill_chunk: the most tokens of a prompt that run at once.
-        draft: whether and how to draft.
-        frozen_after: new tokens after which the gates stay as they are; None for never.
-        record: keep the scalings of all positions.
+        cache_dtype: dtype of keys and values; defaults to the compute dtype.
+        prefill_chunk: maximum number of prompt tokens that run at once.
+        draft: way to draft, or False.
+        frozen_after: number of new tokens after which the gates stay constant; None for never.
+        record: whether to keep the scalings of all positions.
     """
 
     sampler: Sampler
@@ -55,24 +74,24 @@ class Settings:
 
 @struct.dataclass
 class State:
-    """Everything that changes from step to step. Each step takes one and gives the next; buffers are donated.
+    """All arrays that change from step to step. Each step takes a state and returns the next; buffers are donated.
 
     Attributes:
-        tokens: int32 ``[B, S]``, each row from slot 0 on: prompt, new tokens, and a draft where one is ``pending``.
-        length: int32 ``[B]``, tokens that are certain. All but the last of them have been through both passes.
+        tokens: int32 ``[B, S]``, each row from slot 0 on: prompt, new tokens, and a draft if one is ``pending``.
+        length: int32 ``[B]``, number of certain tokens. All of them but the last have been through both passes.
         limit: int32 ``[B]``, length at which a row ends.
-        done: bool ``[B]``, whether it has.
+        done: bool ``[B]``, whether the row has ended.
         pending: bool ``[B]``, whether the token at position ``length`` is a draft.
-        scalings: ``[B, L or 1, N]`` of position ``length - 2``, the last that has been through, or of ``length - 1``
-            where a draft is pending; None for a base alone.
-        recorded: ``[B, S, L or 1, N]``, scalings by position, zero where there are none; None if not recorded.
-        scaling: the scaling pass's cache; None for a base alone.
-        real: the real pass's, or the base's.
+        scalings: ``[B, L or 1, N]`` of the last position that has been through both passes: ``length - 2``, or
+            ``length - 1`` if a draft is pending. None for a base model alone.
+        recorded: ``[B, S, L or 1, N]``, scalings by position, zero for positions without; None if not recorded.
+        scaling: cache of the scaling pass; None for a base model alone.
+        real: cache of the real pass, or of the base model alone.
         rng: PRNG key of the draws.
-        reads: int32 ``[B]``, reads of the weights while the row was going on.
-        checked: int32 ``[B]``, drafts of :class:`StaleGates` that were checked.
-        accepted: int32 ``[B]``, those that were right.
-        guessed: int32 ``[B]``, tokens that :class:`Lookup` guessed right.
+        reads: int32 ``[B]``, number of reads of the weights before the row ended.
+        checked: int32 ``[B]``, number of checked drafts of :class:`StaleGates`.
+        accepted: int32 ``[B]``, number of checked drafts that were right.
+        guessed: int32 ``[B]``, number of tokens that :class:`Lookup` guessed right.
     """
 
     tokens: jax.Array
@@ -101,16 +120,16 @@ def start(
     rng: jax.Array,
     experts: bool = True,
 ) -> State:
-    """Make the state before anything has run.
+    """Return the initial state.
 
     Args:
         xlora: static description.
-        prompts: int32 ``[B, T]``, each row from the left without gaps.
-        lengths: int32 ``[B]``, how many tokens each row has.
-        max_new_tokens: at least 1.
-        settings: of the generation.
+        prompts: int32 ``[B, T]``; each row begins at slot 0 and has no gaps.
+        lengths: int32 ``[B]``, number of tokens of each row.
+        max_new_tokens: maximum number of new tokens per row, at least 1.
+        settings: settings of the generation.
         rng: PRNG key of the draws.
-        experts: False for the base alone.
+        experts: whether to run the experts; False for the base model alone.
     """
     batch = len(prompts)
     longest = int(lengths.max())
@@ -174,14 +193,14 @@ def _cache_bytes(module: Any, capacity: int, dtype: Any, margin: int | None) -> 
 
 
 def new_tokens(state: State, first: Ints) -> list[Ints]:
-    """Give each row's tokens behind its prompt, which has ``first [B]``."""
-    # Copies: the buffers are about to be donated.
+    """Return each row's tokens after its prompt of ``first [B]`` tokens."""
+    # Copy, because the next step donates the buffers.
     tokens, length = np.array(state.tokens), np.array(state.length)
     return [row[start:end] for row, start, end in zip(tokens, first, length, strict=True)]
 
 
 def bucket(length: int, least: int = 16) -> int:
-    """Round up to ``least`` times a power of two, or 1.5 times that, so that few lengths are compiled for."""
+    """Round up to ``least`` times a power of two, or 1.5 times that, so that few programs are compiled."""
     size = least
     while size < length:
         if size * 3 // 2 >= length:
@@ -191,15 +210,15 @@ def bucket(length: int, least: int = 16) -> int:
 
 
 def chunk_size(xlora: XLora, longest: int, settings: Settings) -> int:
-    """Tokens per call of :func:`prefill`."""
-    # Where the longest position decides the rotary frequencies of all, a prompt cannot be cut.
+    """Return the number of tokens per call of :func:`prefill`."""
+    # If the longest position decides the rotary frequencies of all positions, a prompt cannot be cut.
     whole = xlora.module.config.rope_switches_at is not None
     size = min(bucket(longest), xlora.module.config.max_positions or UNBOUNDED)
     return size if whole else min(size, settings.prefill_chunk)
 
 
 def last_token(state: State) -> tuple[jax.Array, Place]:
-    """The last certain token ``[B, 1]`` and its place."""
+    """Return the last certain token ``[B, 1]`` and its place."""
     position = state.length - 1
     return jnp.take_along_axis(state.tokens, position[:, None], axis=1), Place(position, position)
 
@@ -210,7 +229,7 @@ def choose_token(settings: Settings, state: State, logits: jax.Array, length: ja
 
 
 def append_token(settings: Settings, state: State, token: jax.Array, emits: jax.Array) -> State:
-    """Append ``token [B]`` to the rows where ``emits``, and see which of them have ended."""
+    """Append ``token [B]`` to the rows where ``emits``, and mark the rows that have ended."""
     rows = jnp.arange(len(token))
     slot = jnp.where(emits, state.length, state.tokens.shape[1])
     length = state.length + emits

@@ -1,6 +1,6 @@
 """Ways to make one decoding step: base alone, plain, frozen gates, stale gates, lookup.
 
-:mod:`xlora_jax.generation.decoding` explains what each one costs.
+:mod:`xlora_jax.generation.decoding` explains their costs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Mode(Protocol):
     """A way to make one step; hashable."""
 
     def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
-        """Make a step. Rows that are not ``active`` (bool ``[B]``) keep what they have."""
+        """Make a step. Rows that are not ``active`` (bool ``[B]``) stay as they are."""
         ...
 
 
@@ -74,7 +74,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The real pass alone, with the gates of the last token before. Approximate."""
+    """The real pass alone, with the gates of the last token before freezing. Approximate."""
 
     def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
@@ -94,7 +94,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class StaleGates:
-    """Both passes as one batch, a position apart; see :mod:`xlora_jax.generation.decoding`."""
+    """Both passes as one batch, one position apart; see :mod:`xlora_jax.generation.decoding`."""
 
     def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
@@ -115,7 +115,7 @@ class StaleGates:
             reads=state.reads + active,
         )
         state = append_token(settings, state, certain, checks)
-        # A row that has just ended is left without a draft, and without the scalings that nothing is predicted from.
+        # A row that has just ended gets no draft, and no scalings of its last token, which predicts nothing.
         moves = active & right & ~state.done
         draft = choose_token(settings, state, logits[:, 1], position + 1)
         slot = jnp.where(moves, position + 1, state.tokens.shape[1])
@@ -130,10 +130,10 @@ class StaleGates:
     def _passes(
         self, xlora: XLora, params: Params, state: State, position: jax.Array
     ) -> tuple[jax.Array, jax.Array, PairedCache]:
-        """Run the scaling pass at ``position [B]``, the real pass there and one before.
+        """Run the scaling pass at ``position [B]``, and the real pass at ``position - 1`` and ``position``.
 
-        The scaling pass runs both tokens too, so that the two passes are halves of one rectangular batch; at the first
-        it writes again what is there.
+        The scaling pass runs at both positions too, so that the two passes are halves of one rectangular batch. At the
+        first position it overwrites its cache with the same values.
 
         Returns:
             Logits ``[B, 2, V]`` of the two positions, scalings ``[B, L or 1, N]`` of the second, caches.
@@ -171,7 +171,7 @@ class Lookup:
         guesses = look_up(state.tokens, state.length)
         state = update(state, tokens=state.tokens.at[rows[:, None], columns[:, 1:]].set(guesses))
         tokens = jnp.take_along_axis(state.tokens, columns, axis=1)
-        # What a row has no room for counts as padding: its position may be one that the model does not have.
+        # Guesses beyond a row's limit count as padding, because the model may not have their positions.
         place = Place(position, jnp.clip(state.limit - 2, position, position + GUESSES))
         hidden, scaling = scaling_pass(xlora, params, input_ids=tokens, cache=state.scaling, place=place)
         scalings = classify(xlora, params, hidden)

@@ -1,7 +1,7 @@
-"""Which layers are adapted, in which order, and where their variables stand.
+"""The adapted layers of a model: their order, and the paths of their variables.
 
 PEFT numbers the adapted layers in the order of torch's ``modules()``; a layerwise classifier's output depends on that
-order. :class:`AdaptedLayers` holds it as data and hands each layer its gates.
+order. :class:`AdaptedLayers` holds the order as data and gives each layer its gates.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["AdaptedLayers", "Slot"]
+__all__ = ["ABSENT", "AdaptedLayers", "Slot"]
 
 ABSENT = -1
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Place of one module, or of a stack of them, in the variables' collections.
+    """Place of one module, or of a stack of modules, in the collections of variables.
 
     Attributes:
         path: keys from the root of a collection to the module, such as ``("layers", "mlp", "up_proj")``.
-        numbers: the adapted layer's number; for a module whose variables are stacked on a leading axis (``nn.scan``) a
-            tuple with one number per member, :data:`ABSENT` (-1) where that member has no experts.
+        numbers: number of the adapted layer. For a module whose variables are stacked on a leading axis (``nn.scan``),
+            a tuple with one number per member: :data:`ABSENT` (-1) for a member without experts.
     """
 
     path: tuple[str, ...]
@@ -39,8 +39,8 @@ class AdaptedLayers:
 
     Attributes:
         names: module paths in the order of the classifier's output (for HF models, PEFT's order).
-        slots: where they stand. Every number below ``len(names)`` occurs once.
-        with_bias: whether an expert has a ``lora_bias``, which acts even where its gate is zero.
+        slots: places of the layers. Every number below ``len(names)`` occurs once.
+        with_bias: whether any expert has a ``lora_bias``, which acts even where its gate is zero.
     """
 
     names: tuple[str, ...]
@@ -58,20 +58,20 @@ class AdaptedLayers:
         return len(self.names)
 
     def collection(self, gates: jax.Array, weight: float | jax.Array) -> dict[str, Any]:
-        """Lay gates out as the ``scalings`` collection.
+        """Return gates as the ``scalings`` collection.
 
         Args:
-            gates: ``[B, T, L, N]``, or ``[B, T, 1, N]`` where all layers share them.
-            weight: the global scaling weight, which the gates have in them already; biases need it by itself.
+            gates: ``[B, T, L, N]``, or ``[B, T, 1, N]`` if all layers share them.
+            weight: global scaling weight. The gates already contain it; biases need it separately.
 
         Returns:
-            Nested mapping with ``gates [B, T, N]`` at each slot, stacked slots with a leading axis.
+            Nested mapping with ``gates [B, T, N]`` at each slot; stacked slots have a leading axis.
         """
         shared = gates.shape[2] == 1
         by_layer = jnp.moveaxis(gates, 2, 0)
         tree: dict[str, Any] = {}
         for slot in self.slots:
-            # An absent member has only zeros for columns: any gate will do.
+            # The columns of an absent member are all zero, so any gate will do.
             index = np.maximum(np.asarray(slot.numbers), 0)
             leaf = {"gates": jnp.broadcast_to(by_layer[0], (*index.shape, *by_layer.shape[1:]))}
             if not shared:
@@ -85,10 +85,10 @@ class AdaptedLayers:
         return tree
 
     def unstacked(self, groups: Mapping[str, Sequence[str]]) -> AdaptedLayers:
-        """Return the same layers with stacked slots taken apart.
+        """Return the same layers with stacked slots split into one slot per member.
 
         Args:
-            groups: first key of stacked slots to the first keys of their members, in order.
+            groups: first key of the stacked slots to the first keys of their members, in order.
         """
         slots: list[Slot] = []
         for slot in self.slots:

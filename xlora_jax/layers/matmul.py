@@ -1,10 +1,12 @@
-"""Products of few rows with a matrix, which decoding consists of, in the forms that XLA reads matrices fastest in.
+"""Matrix products for decoding, arranged so that XLA reads the weights fastest.
 
-On CPUs a product of one row is computed on one core, which does not read memory as fast as all cores together. As a
-batch of products over parts of the contraction, one for each core, it takes all of them. On GPUs a product of one row
-with a matrix of up to ten million elements becomes a multiplication and a sum, which XLA can leave apart: the products
-then go through memory, rounded to the dtype of the operands. Two rows stay a matrix product. So they do in bfloat16 on
-CPUs, where for one row the whole matrix is converted to float32 first.
+In decoding, few rows are multiplied by large matrices. Three cases need another form than one plain product:
+
+- One row in float32 on a CPU: XLA uses one core, which reads memory more slowly than all cores together. A batch of
+  products over parts of the contraction, one part for each core, uses all of them.
+- One row in bfloat16 on a CPU: XLA converts the whole matrix to float32 first. With two rows it does not.
+- One row on a GPU: for matrices of up to ten million elements XLA makes a multiplication and a sum, and may not fuse
+  them. The products then go through memory, rounded to the dtype of the operands. Two rows stay a matrix product.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from xlora_jax.backend import target_backend
 
 __all__ = ["by_head", "dot_general", "matmul"]
 
-# Sizes of a matrix, in elements, for which it pays: below, the parts cost more than they save; above, one core keeps
-# the memory busy.
+# Number of elements of a matrix that is worth splitting. Below, the parts cost more than they save; above, one core
+# keeps the memory busy.
 _LEAST, _MOST = 2**16, 2**23
 _MOST_PARTS = 8
-# Few rows. On a CPU a sum of products that stay in registers is faster for them than a product, whose matrix is packed
-# first.
+# Number of rows that counts as few. On a CPU a matrix product packs its matrix first; for few rows, elementwise
+# products summed in registers are faster.
 _MOST_ROWS = 32
 
 
@@ -36,7 +38,7 @@ def dot_general(
     precision: Any = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """``jax.lax.dot_general``, with the same arguments and results up to the order of summation."""
+    """Compute ``jax.lax.dot_general``: same arguments, same results up to the order of summation."""
     one_row = rhs.ndim == 2 and lhs.size == rhs.shape[0]
     contracts_last = tuple(map(tuple, dimension_numbers[0])) == ((lhs.ndim - 1,), (0,))
     if one_row and contracts_last and lhs.dtype == rhs.dtype:
@@ -44,7 +46,7 @@ def dot_general(
         backend = target_backend()
         if backend == "gpu" or (backend == "cpu" and rhs.dtype == jnp.bfloat16):
             rows = jnp.broadcast_to(lhs.reshape(1, depth), (2, depth))
-            # A CPU's product in bfloat16 gives float32.
+            # On CPUs, the product of bfloat16 operands is float32.
             result = jnp.float32 if backend == "cpu" else preferred_element_type
             out = lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, result)[0]
             return out.astype(preferred_element_type or rhs.dtype).reshape(*lhs.shape[:-1], width)
@@ -56,17 +58,18 @@ def dot_general(
 
 
 def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Multiply ``x [..., D]`` by ``matrix [D, F]`` of the same dtype; accumulates, and returns, float32 or wider."""
+    """Multiply ``x [..., D]`` by ``matrix [D, F]`` of the same dtype; the result is float32 or wider."""
     accumulate = jnp.promote_types(matrix.dtype, jnp.float32)
     if target_backend() == "gpu" and x.size <= _MOST_ROWS * x.shape[-1]:
-        # XLA makes products of one input one product, here those of a layer and of its experts, and copies their
-        # matrices side by side for it: at every step of decoding. Behind a barrier each has an input of its own.
+        # XLA merges products of the same input, such as those of a layer and its experts, and copies their matrices
+        # side by side for that, at every step of decoding. A barrier gives each product its own input, so XLA cannot
+        # merge them.
         x, matrix = lax.optimization_barrier((x, matrix))
     return dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=accumulate)
 
 
 def by_head(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Multiply ``rows [B, K, R, D]`` by matrices of their own ``[B, K, D, F]``, such as keys or values of each head.
+    """Multiply ``rows [B, K, R, D]`` of each head by that head's matrix ``[B, K, D, F]``, such as its keys or values.
 
     Returns:
         ``[B, K, R, F]``, float32 or wider.
@@ -78,7 +81,7 @@ def by_head(rows: jax.Array, matrices: jax.Array) -> jax.Array:
 
 
 def _parts(matrix: jax.Array) -> int:
-    """Into how many parts to take the contraction of a row with ``matrix``; 1 for a plain product."""
+    """Return the number of parts for the contraction of one row with ``matrix``; 1 means a plain product."""
     if target_backend() != "cpu" or matrix.dtype != jnp.float32 or not _LEAST <= matrix.size < _MOST:
         return 1
     parts = 1

@@ -28,11 +28,11 @@ __all__ = [
 
 
 def temperature_softmax(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Softmax of ``logits / temperature`` over the last axis (the experts).
+    """Return the softmax of ``logits / temperature`` over the last axis (the experts).
 
     Args:
         logits: float array ``[..., N]``.
-        temperature: positive; lower is sharper.
+        temperature: positive number; lower is sharper.
 
     Returns:
         Array of the shape and dtype of ``logits``; rows sum to one.
@@ -41,9 +41,9 @@ def temperature_softmax(logits: jax.Array, temperature: float = 1.0) -> jax.Arra
 
 
 def mask_top_k(scalings: jax.Array, k: int) -> jax.Array:
-    """Keep the ``k`` largest entries of the last axis, set the others to zero; no renormalisation.
+    """Keep the ``k`` largest entries of the last axis and set the others to zero, without renormalization.
 
-    Among equal entries the one with the lowest index is kept. (``torch.topk`` leaves ties undefined; what it does
+    Among equal entries, the one with the lowest index is kept. (``torch.topk`` leaves ties undefined: its choice
     depends on the device and on N. Ties arise in practice only for a constant scaling pass.)
 
     Args:
@@ -54,7 +54,7 @@ def mask_top_k(scalings: jax.Array, k: int) -> jax.Array:
         Array of the shape and dtype of ``scalings``.
 
     Raises:
-        ValueError: if ``k`` is not within ``1..N``.
+        ValueError: ``k`` is not within ``1..N``.
     """
     n = scalings.shape[-1]
     if not 1 <= k <= n:
@@ -67,10 +67,10 @@ def mask_top_k(scalings: jax.Array, k: int) -> jax.Array:
 
 
 def softmax_over_selected(scalings: jax.Array) -> jax.Array:
-    """Softmax over the entries of the last axis that are not zero; zeros stay zero.
+    """Return the softmax over the nonzero entries of the last axis; zeros stay zero.
 
-    A row of zeros stays zero, and so does its gradient: the softmax is computed on finite numbers only, so that no
-    NaN can reach the gradient through the branch that is not taken.
+    A row of zeros stays zero, and so does its gradient. The softmax is computed on finite numbers only, so that no NaN
+    reaches the gradient through the branch that is not taken.
 
     Args:
         scalings: float array ``[..., N]``.
@@ -79,7 +79,7 @@ def softmax_over_selected(scalings: jax.Array) -> jax.Array:
         Array of the shape and dtype of ``scalings``.
     """
     selected = scalings != 0
-    # The largest selected entry is subtracted as a constant: softmax does not depend on it, nor may its gradient.
+    # The largest selected entry is subtracted as a constant: it changes neither the softmax nor its gradient.
     largest = lax.stop_gradient(jnp.max(jnp.where(selected, scalings, -jnp.inf), axis=-1, keepdims=True))
     largest = jnp.where(jnp.isfinite(largest), largest, 0)
     weights = jnp.where(selected, jnp.exp(jnp.where(selected, scalings - largest, 0)), 0)
@@ -90,13 +90,13 @@ def softmax_over_selected(scalings: jax.Array) -> jax.Array:
 def layer_gates(
     scalings: jax.Array, *, top_k: int | None, softmax_selected: bool, weight: float | jax.Array = 1.0
 ) -> jax.Array:
-    """Gates of the adapted layers from scalings: top-k, softmax over the selected, global weight, in that order.
+    """Return gates of the adapted layers: top-k, softmax over the selected, and global weight, in that order.
 
     Args:
-        scalings: ``[..., N]``, as the classifier or :func:`constant_scalings` gives them.
-        top_k: experts to keep per token and layer, or None for all (PEFT's ``top_k_lora``).
-        softmax_selected: PEFT's ``enable_softmax_topk``.
-        weight: PEFT's ``global_scaling_weight``.
+        scalings: ``[..., N]``, from the classifier or :func:`constant_scalings`.
+        top_k: number of experts to keep per token and layer, or None for all (PEFT's ``top_k_lora``).
+        softmax_selected: whether to apply a softmax over the selected experts (PEFT's ``enable_softmax_topk``).
+        weight: factor of all gates (PEFT's ``global_scaling_weight``).
 
     Returns:
         Gates ``[..., N]`` in the dtype of ``scalings``.
@@ -110,11 +110,11 @@ def layer_gates(
 
 
 def constant_scalings(shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Scalings of the scaling pass: ``value`` for every token, layer and expert.
+    """Return the scalings of the scaling pass: ``value`` for every token, layer and expert.
 
     Args:
-        shape: ``(B, T, L, N)``, or ``(B, T, 1, N)`` where all layers share their gates.
-        value: PEFT's ``scaling_pass_value``.
+        shape: ``(B, T, L, N)``, or ``(B, T, 1, N)`` if all layers share their gates.
+        value: constant gate (PEFT's ``scaling_pass_value``).
         dtype: dtype of the classifier.
     """
     return jnp.full(shape, value, dtype)
@@ -123,21 +123,22 @@ def constant_scalings(shape: tuple[int, ...], value: float, dtype: jax.typing.DT
 def mix_experts(down: jax.Array, gates: jax.Array, columns: jax.Array, lora_b: jax.Array) -> jax.Array:
     """Mix all experts of one layer: ``(down * (gates @ columns)) @ lora_b``.
 
-    ``columns`` says for each of the R stacked columns whose it is and how it is scaled: ``columns[e, c]`` is the LoRA
-    scale (alpha/r, or alpha/sqrt(r) for rsLoRA) if column c belongs to expert e, else 0. So experts of any rank, and
-    experts absent from the layer, cost two matrix products together.
+    ``columns`` gives the expert and the scale of each of the R stacked columns. ``columns[e, c]`` is the LoRA scale
+    (alpha/r, or alpha/sqrt(r) for rsLoRA) if column c belongs to expert e, else 0. So all experts of a layer together
+    cost two matrix products, whatever their ranks, and an expert may be absent from the layer.
 
     Args:
         down: ``[..., R]``, the input times the stacked ``lora_a`` (or its rows, for an embedding).
         gates: ``[..., N]``, with as many leading axes as ``down``.
         columns: float32 ``[N, R]``.
-        lora_b: ``[R, F]``; its dtype is the dtype of the products, which accumulate in float32.
+        lora_b: ``[R, F]``; its dtype is that of the products' operands. The products accumulate in float32.
 
     Returns:
         float32 ``[..., F]`` (float64 for float64 experts), to be added to the base layer's output.
     """
-    # A product that only selects and scales: each column has one expert. Written as a sum, which is exact on every
-    # backend (the default precision of a matrix product would round the gates on a TPU) and fuses with what is around.
+    # Each column has one expert, so this product only selects and scales. It is written as a sum, which is exact on
+    # every backend (a matrix product of default precision would round the gates on a TPU) and fuses with the operations
+    # around it.
     column_gates = (gates.astype(columns.dtype)[..., :, None] * columns).sum(axis=-2)
     gated = (down * column_gates).astype(lora_b.dtype)
     return products.matmul(gated, lora_b)
@@ -146,16 +147,16 @@ def mix_experts(down: jax.Array, gates: jax.Array, columns: jax.Array, lora_b: j
 def drop_and_project(
     rng: jax.Array, inputs: jax.Array, lora_a: jax.Array, columns: jax.Array, rates: jax.Array
 ) -> jax.Array:
-    """``inputs @ lora_a`` with LoRA dropout: an independent mask over the inputs for each expert, as PEFT draws them.
+    """Return ``inputs @ lora_a`` with LoRA dropout: an independent mask over the inputs for each expert, as in PEFT.
 
-    Each expert sees its own masked input, so the stacked product has to be taken once per expert: that is the price of
-    training with ``lora_dropout``, and the reason why this is not the path of inference.
+    Each expert has its own masked input, so the stacked product is computed once per expert. That is the cost of
+    training with ``lora_dropout``. Inference does not use this function.
 
     Args:
         rng: PRNG key.
         inputs: ``[..., D]``.
         lora_a: ``[D, R]``.
-        columns: ``[N, R]``, see :func:`mix_experts`; only its zeros matter here.
+        columns: ``[N, R]``, see :func:`mix_experts`; only the positions of its zeros matter here.
         rates: float32 ``[N]``, each expert's dropout probability, in ``[0, 1)``.
 
     Returns:

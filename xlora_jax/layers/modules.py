@@ -1,14 +1,14 @@
-"""Flax modules of X-LoRA: the classifier, and layers that mix experts where they are given any.
+"""Flax modules of X-LoRA: the classifier, and layers that mix experts.
 
-Thin shells over :mod:`xlora_jax.layers.mixing`. An adapted layer reads three collections at its own path:
+The arithmetic is in :mod:`xlora_jax.layers.mixing`. An adapted layer reads three collections at its own path:
 
-    params    what the layer has without this library
-    experts   ``lora_a [D, R]``, ``lora_b [R, F]``, ``columns [N, R]``; where an expert has them, ``lora_bias [N, F]``
-              with ``bias_scale [N]``, and ``lora_dropout [N]``
-    scalings  ``gates [B, T, N]``; ``weight``, the global scaling weight, where an expert has a ``lora_bias``
+    params    parameters of the plain Flax layer
+    experts   ``lora_a [D, R]``, ``lora_b [R, F]``, ``columns [N, R]``; if any expert has them, also
+              ``lora_bias [N, F]`` with ``bias_scale [N]``, and ``lora_dropout [N]``
+    scalings  ``gates [B, T, N]``; if any expert has a ``lora_bias``, also ``weight``, the global scaling weight
 
-Without ``experts`` or without ``scalings`` it is the plain Flax layer. LoRA dropout acts where the caller passes an
-rng named ``lora_dropout``. Axes as in :mod:`xlora_jax.layers.mixing`.
+Without ``experts`` or without ``scalings`` the layer is the plain Flax layer. LoRA dropout is on if the caller passes
+an rng named ``lora_dropout``. Axes as in :mod:`xlora_jax.layers.mixing`.
 """
 
 from __future__ import annotations
@@ -43,33 +43,34 @@ class TemperatureScaledSoftmax(nn.Module):
     """Softmax over the last axis of ``logits / temperature``; no parameters.
 
     Attributes:
-        temperature: positive; lower is sharper.
+        temperature: positive number; lower is sharper.
     """
 
     temperature: float = 1.0
 
     def __call__(self, logits: jax.Array) -> jax.Array:
-        """Return the softmax of ``logits [..., N]`` over its last axis, in their dtype."""
+        """Return the softmax of ``logits [..., N]`` over the last axis, in the dtype of ``logits``."""
         return mixing.temperature_softmax(logits, self.temperature)
 
 
 class XLoraClassifier(nn.Module):
-    """The gate: from a hidden state to a weight per adapted layer and expert.
+    """The gate: maps a hidden state to a weight per adapted layer and expert.
 
-    Depth 1 is one ``Dense``; depth d > 1 is d - 1 of width ``size``, each with ReLU and dropout, and a last one. All
-    have a bias. Parameters are ``dense_0`` ... ``dense_{depth-1}``, each ``kernel [in, out]`` and ``bias [out]``.
+    At depth 1 it is one ``Dense`` layer. At depth d > 1 it has d - 1 ``Dense`` layers of width ``size``, each followed
+    by ReLU and dropout, and an output layer. All layers have a bias. Parameters are ``dense_0`` ...
+    ``dense_{depth-1}``, each with ``kernel [in, out]`` and ``bias [out]``.
 
     Attributes:
-        num_layers: L, adapted layers.
-        num_experts: N.
+        num_layers: L, number of adapted layers.
+        num_experts: N, number of experts.
         depth: number of ``Dense`` layers, at least 1.
-        size: width between them, unused at depth 1.
-        dropout_rate: probability after each ReLU, in ``[0, 1)``; acts only if not ``deterministic``.
+        size: width of the inner layers; unused at depth 1.
+        dropout_rate: dropout probability after each ReLU, in ``[0, 1)``; acts only if not ``deterministic``.
         layerwise: one weight per layer (True), or one for all layers (False).
-        softmax: apply the temperature softmax over experts.
-        temperature: see :class:`TemperatureScaledSoftmax`.
-        dtype: of the computation; the base model's in PEFT. None takes that of inputs and parameters.
-        param_dtype: of the parameters at initialisation.
+        softmax: whether to apply the temperature softmax over experts.
+        temperature: temperature of :class:`TemperatureScaledSoftmax`.
+        dtype: dtype of the computation (PEFT uses the base model's); None means that of inputs and parameters.
+        param_dtype: dtype of the parameters at initialization.
     """
 
     num_layers: int
@@ -85,11 +86,11 @@ class XLoraClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_states: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Give the scalings of ``hidden_states [B, T, D]``, the last ones after the final norm.
+        """Return the scalings of hidden states.
 
         Args:
-            hidden_states: float ``[B, T, D]``.
-            deterministic: switch dropout off; else an rng named ``dropout`` is needed.
+            hidden_states: float ``[B, T, D]``, the base model's output after the final norm.
+            deterministic: whether dropout is off; otherwise an rng named ``dropout`` is needed.
 
         Returns:
             ``[B, T, L, N]`` if ``layerwise``, else ``[B, T, 1, N]``: one gate that all layers share.
@@ -116,7 +117,7 @@ class XLoraClassifier(nn.Module):
 
 
 def _flat_gates(gates: jax.Array, shape: tuple[int, ...], module: nn.Module) -> jax.Array:
-    """Lay ``gates [B, T, N]`` over a layer's positions ``shape = [B, *positions]``, as ``[B, *positions, N]``."""
+    """Return ``gates [B, T, N]`` as ``[B, *positions, N]`` for a layer with positions ``shape = [B, *positions]``."""
     batch, *positions = shape
     if gates.shape[:-1] == shape:
         return gates
@@ -126,7 +127,7 @@ def _flat_gates(gates: jax.Array, shape: tuple[int, ...], module: nn.Module) -> 
         if gates.shape[1] == 1:
             return gates.reshape(gates.shape[0], *ones, gates.shape[-1])
         if len(positions) > 1 and gates.shape[1] in (count, count + 1):
-            # A vision transformer's tokens: the patches in row-major order, after a class token if it has one.
+            # The tokens of a vision transformer: a class token, if any, then the patches in row-major order.
             return gates[:, gates.shape[1] - count :].reshape(gates.shape[0], *positions, gates.shape[-1])
     raise ValueError(
         f"gates of layer {'/'.join(module.path)}: expected [{batch}, T, experts] with T = 1 (one gate per example), "
@@ -136,12 +137,12 @@ def _flat_gates(gates: jax.Array, shape: tuple[int, ...], module: nn.Module) -> 
 
 
 def add_experts(module: nn.Module, outputs: jax.Array, project: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Add to ``outputs`` what the experts at the path of ``module`` contribute, if there are any and gates for them.
+    """Add the contribution of the experts at the path of ``module`` to ``outputs``, if experts and gates exist there.
 
     Args:
-        module: a bound module, whose collections ``experts`` and ``scalings`` are read.
-        outputs: ``[..., F]``, what the base layer gives.
-        project: from ``lora_a`` to its product with the layer's input, ``[..., R]``.
+        module: bound module, whose collections ``experts`` and ``scalings`` are read.
+        outputs: ``[..., F]``, output of the base layer.
+        project: function from ``lora_a`` to its product with the layer's input, ``[..., R]``.
 
     Returns:
         ``[..., F]`` in the dtype of ``outputs``; the sum is taken in the experts' accumulation dtype.
@@ -156,7 +157,7 @@ def add_experts(module: nn.Module, outputs: jax.Array, project: Callable[[jax.Ar
         module.get_variable("experts", "lora_b"),
     )
     if module.has_variable("experts", "lora_bias"):
-        # PEFT adds the bias of lora_B whatever the gate: the gate multiplies the input of lora_A.
+        # PEFT's gate multiplies the input of lora_A, so the bias of lora_B is added whatever the gate.
         scale: jax.Array = module.get_variable("experts", "bias_scale") * module.get_variable("scalings", "weight")
         bias: jax.Array = module.get_variable("experts", "lora_bias")
         delta = delta + jnp.einsum("n,nf->f", scale, bias.astype(scale.dtype), precision=jax.lax.Precision.HIGHEST)
@@ -164,7 +165,7 @@ def add_experts(module: nn.Module, outputs: jax.Array, project: Callable[[jax.Ar
 
 
 def project_dense(module: nn.Module, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Give the function from ``lora_a [D, R]`` to ``inputs @ lora_a``, with LoRA dropout if there is an rng for it."""
+    """Return the function from ``lora_a [D, R]`` to ``inputs @ lora_a``; an rng ``lora_dropout`` turns dropout on."""
 
     def project(lora_a: jax.Array) -> jax.Array:
         x = inputs.astype(lora_a.dtype)
@@ -182,7 +183,10 @@ def project_dense(module: nn.Module, inputs: jax.Array) -> Callable[[jax.Array],
 
 
 def project_conv(module: nn.Conv, inputs: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Give the function from ``lora_a [kh, kw, D, R]`` to the convolution of ``inputs`` with it, set as ``module``."""
+    """Return the function from a kernel ``lora_a [kh, kw, D, R]`` to its convolution with ``inputs``.
+
+    Strides, padding and dilation are those of ``module``.
+    """
 
     def project(lora_a: jax.Array) -> jax.Array:
         down = nn.Conv(
@@ -201,25 +205,25 @@ def project_conv(module: nn.Conv, inputs: jax.Array) -> Callable[[jax.Array], ja
 
 
 class XLoraDense(nn.Dense):
-    """``flax.linen.Dense`` that mixes the experts found at its path; the same attributes, parameters and errors."""
+    """A ``flax.linen.Dense`` that mixes the experts at its path, with the same attributes, parameters and errors."""
 
     dot_general: Any = products.dot_general
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Return ``[..., F]`` for ``inputs [..., D]``; with gates ``[B, T, N]`` the inputs are ``[B, T, D]``."""
         outputs = super().__call__(inputs)
-        # Named for rematerialisation: what the backward pass needs is the sum, not its two terms.
+        # Named for rematerialization: the backward pass needs the sum, not its two terms.
         outputs = add_experts(self, outputs, project_dense(self, inputs))
         return cast(jax.Array, checkpoint_name(outputs, "projection"))
 
 
 class XLoraTiedHead(nn.Module):
-    """Output head that borrows the embedding table as its kernel and mixes the experts found at its own path.
+    """An output head whose kernel is the embedding table; it mixes the experts at its own path.
 
     Attributes:
-        use_bias: whether it has a bias of its own.
-        dtype: of the computation; None takes that of inputs and table.
-        param_dtype: of the bias at initialisation.
+        use_bias: whether the head has its own bias.
+        dtype: dtype of the computation; None means that of inputs and table.
+        param_dtype: dtype of the bias at initialization.
     """
 
     use_bias: bool = False
@@ -238,12 +242,12 @@ class XLoraTiedHead(nn.Module):
 
 
 class XLoraEmbed(nn.Embed):
-    """``flax.linen.Embed`` that mixes the experts found at its path.
+    """A ``flax.linen.Embed`` that mixes the experts at its path.
 
-    The gate acts after the lookup in ``lora_a [V, R]``. No LoRA dropout acts here, as in PEFT.
+    The gate acts after the lookup in ``lora_a [V, R]``. As in PEFT, there is no LoRA dropout here.
 
     Attributes:
-        embed_scale: multiplies the embedding and the experts' part alike (Gemma); 1 for most families.
+        embed_scale: factor of both the embedding and the experts' part (Gemma); 1 for most families.
     """
 
     embed_scale: float = 1.0
@@ -259,18 +263,18 @@ class XLoraEmbed(nn.Embed):
 
 
 class XLoraConv(nn.Conv):
-    """``flax.linen.Conv`` over two spatial axes that mixes the experts found at its path.
+    """A ``flax.linen.Conv`` over two spatial axes that mixes the experts at its path.
 
-    ``lora_a`` is a kernel ``[kh, kw, D, R]`` with the layer's strides, padding and dilation; ``lora_b [R, F]`` acts at
-    each output position, and the gate between the two. Gates ``[B, T, N]`` are for T = 1 (one per example), T = the
-    number of output positions, or that plus one leading class token, whose gate is not used here.
+    ``lora_a`` is a kernel ``[kh, kw, D, R]`` with the layer's strides, padding and dilation. ``lora_b [R, F]`` acts at
+    each output position, and the gate acts between the two. T of the gates ``[B, T, N]`` is 1 (one gate per example),
+    the number of output positions, or that number plus one for a leading class token, whose gate is not used here.
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Return ``[B, height, width, F]`` for ``inputs [B, height, width, D]``.
 
         Raises:
-            ValueError: if gates are neither per example nor per output position.
+            ValueError: the gates are neither per example nor per output position.
         """
         outputs = super().__call__(inputs)
         return add_experts(self, outputs, project_conv(self, inputs))

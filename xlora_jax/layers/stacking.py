@@ -1,4 +1,4 @@
-"""Experts side by side: from one pair of matrices per expert to the stacked arrays of a layer.
+"""Stacking of experts: from one pair of matrices per expert to the stacked arrays of a layer.
 
 Axes: D input, F output, N experts, R stacked ranks of a layer, M modules stacked on a leading axis (``nn.scan``).
 """
@@ -20,10 +20,10 @@ class Piece:
     """One expert's part of one module: it adds ``scale * (x @ a @ b + bias)``.
 
     Attributes:
-        expert: whose it is.
+        expert: number of the expert.
         a: ``[D, r]``; for an embedding ``[V, r]``, for a convolution ``[kh, kw, D, r]``.
         b: ``[r, F]``.
-        scale: alpha/r, or alpha/sqrt(r) for rsLoRA.
+        scale: LoRA scale: alpha/r, or alpha/sqrt(r) for rsLoRA.
         bias: ``[F]``, the bias of ``b``, or None.
         dropout: probability of LoRA dropout.
     """
@@ -39,13 +39,13 @@ class Piece:
 def stack_pieces(
     members: Sequence[Sequence[Piece]], shape: tuple[int, ...], num_experts: int, dtype: np.dtype[Any]
 ) -> dict[str, NDArray[Any]]:
-    """Lay the pieces of each member side by side, and pad members of smaller rank with columns that are nobody's.
+    """Stack the pieces of each member, and pad members of smaller rank with columns that belong to no expert.
 
     Args:
-        members: M sequences of pieces, in the order of the experts; one may be empty.
-        shape: of the base kernel: ``[D, F]``, ``[V, D]`` or ``[kh, kw, D, F]``.
-        num_experts: N.
-        dtype: of ``lora_a``, ``lora_b`` and ``lora_bias``.
+        members: M sequences of pieces, in the order of the experts; a sequence may be empty.
+        shape: shape of the base kernel: ``[D, F]``, ``[V, D]`` or ``[kh, kw, D, F]``.
+        num_experts: N, number of experts.
+        dtype: dtype of ``lora_a``, ``lora_b`` and ``lora_bias``.
 
     Returns:
         The leaves of the ``experts`` collection, each with a leading M axis.

@@ -13,6 +13,8 @@ import optax
 from xlora_jax.training.optimizers import make_optimizer, make_schedule
 from xlora_jax.training.regularizers import Regularizers
 
+__all__ = ["TrainConfig"]
+
 _KINDS: dict[str, Any] = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
 
 

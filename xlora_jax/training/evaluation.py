@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from xlora_jax.training.data import Rows
 
+__all__ = ["evaluate"]
+
 
 def evaluate(
     step: Callable[..., Any],

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+__all__ = ["Preemption"]
+
 
 class Preemption:
     """Whether SIGTERM has come; a context manager, which puts the old handler back."""

@@ -13,6 +13,8 @@ import numpy as np
 from xlora_jax.training.config import TrainConfig
 from xlora_jax.training.metrics import MetricsWriter, peak_memory
 
+__all__ = ["RunLog", "progress_bar"]
+
 
 class RunLog:
     """Times and metrics of the steps."""

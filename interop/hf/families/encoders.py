@@ -17,6 +17,8 @@ from interop.hf.families.fields import (
 from interop.hf.families.table import Family, Module, linears
 from xlora_jax.models import Encoder, EncoderConfig, VisionTransformer
 
+__all__ = ["FAMILIES"]
+
 
 def _read_head(fields: Fields, family: str) -> dict[str, Any]:
     """Return the declaration of the classification head; a :class:`NoHeadError` where there is none."""

@@ -18,6 +18,25 @@ from typing import Any, cast
 from interop.storage.errors import FormatError, brief
 from xlora_jax.models import Rope
 
+__all__ = [
+    "DECODER_HEADS",
+    "ENCODER_HEADS",
+    "NEUTRAL",
+    "READ_UNDECLARED",
+    "TASKS",
+    "WITHOUT_EFFECT",
+    "Fields",
+    "NoHeadError",
+    "count_labels",
+    "declared_fields",
+    "read_activation",
+    "read_attention_bias",
+    "read_rope",
+    "read_ropes",
+    "read_windows",
+    "task_of",
+]
+
 
 class NoHeadError(FormatError):
     """A base without a classification head of its own, which loads only with the head of an adapter."""

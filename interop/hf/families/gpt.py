@@ -7,6 +7,8 @@ from interop.hf.families.llama import llama_config
 from interop.hf.families.table import HEADS_OF_GPT, LM_HEAD, NORMS, SCORE, Family, Module, linears
 from xlora_jax.models import DecoderConfig
 
+__all__ = ["FAMILIES"]
+
 
 def _read_gpt_neox(fields: Fields) -> DecoderConfig:
     return llama_config(

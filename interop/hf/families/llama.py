@@ -22,6 +22,8 @@ from interop.hf.families.table import (
 )
 from xlora_jax.models import DecoderConfig, RoutedMLP
 
+__all__ = ["FAMILIES", "head_dim_of", "llama_config"]
+
 
 def llama_config(
     fields: Fields,

@@ -17,6 +17,8 @@ from interop.hf.families.llama import head_dim_of, llama_config
 from interop.hf.families.table import ATTENTION, LM_HEAD, MLP, NORMS, NORMS_AROUND, QK_NORMS, Family, Module
 from xlora_jax.models import DecoderConfig
 
+__all__ = ["FAMILIES", "Reader"]
+
 Reader = Callable[[Fields], DecoderConfig]
 
 # Declared fields of the vision side, of the tokens that images and videos become, and of initialisation.

@@ -17,6 +17,29 @@ from xlora_jax.layers.adapted import ABSENT, AdaptedLayers, Slot
 from xlora_jax.models import Decoder, DecoderConfig, Transformer
 from xlora_jax.trees import flatten
 
+__all__ = [
+    "ADAPTABLE",
+    "ATTENTION",
+    "EMBED",
+    "HEADS",
+    "HEADS_OF_GPT",
+    "LEAVES",
+    "LM_HEAD",
+    "MLP",
+    "NORM",
+    "NORMS",
+    "NORMS_AROUND",
+    "QK_NORMS",
+    "SCORE",
+    "Family",
+    "Module",
+    "Placed",
+    "abstract_params",
+    "linears",
+    "routed_experts",
+    "rows",
+]
+
 
 @lru_cache(maxsize=32)
 def abstract_params(module: Transformer) -> Mapping[str, Any]:

@@ -980,14 +980,14 @@ def test_models_through_the_other_layouts(llama, experts, tmp_path, layout, dtyp
 
 SAVER = """
     import os, signal, sys, time
-    from interop.checkpoint.read import write_xlora
+    from interop.checkpoint.write import write_xlora
     from tests.helpers.small_checkpoints import small_model
 
     for delay in map(float, sys.argv[3:]):
         child = os.fork()
         if child == 0:
             for number in range(1, 10_000):
-                write_xlora(sys.argv[1], layout=sys.argv[2], **small_model(2, value=number))
+                write_xlora(sys.argv[1], layout=sys.argv[2], **small_model(2, value=number, size=5))
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -1000,7 +1000,7 @@ SAVER = """
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_at_any_moment(tmp_path, layout):
     """A save that is killed leaves a checkpoint that can be read, classifier and experts of one and the same save."""
-    write_xlora(tmp_path / "x", layout=layout, **small_model(2, value=0))
+    write_xlora(tmp_path / "x", layout=layout, **small_model(2, value=0, size=5))
     seen = set()
     delays = [f"{0.1 + 0.053 * attempt:.3f}" for attempt in range(8)]
     command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path / "x"), layout, *delays]
