@@ -1,8 +1,8 @@
-"""From records to texts with their answers: what a chat template writes, and where in it the answers begin.
+"""Convert records to texts with marked answers: render the chat template and find where each answer begins.
 
-A template may write a message differently once others follow it: thinking is left out, an end token stands after the
-last message only, tools are named before the last question. So each answer has a text of its own: the prompt that the
-model sees when it generates this answer, and the answer as it is written directly after it.
+A template may write a message differently once others follow it. For example, it drops the thinking, adds an end token
+after the last message only, or names tools before the last question. So each answer has its own text: the prompt that
+the model sees when it generates this answer, followed by the answer as the template writes it there.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names of a message's thinking, of which templates read one."""
-# Contents that no message has, to see where a template puts them.
+"""Keys of a message's thinking. A template reads one of them."""
+# Markers that occur in no message. They show where a template puts the content.
 _MARK, _ASKED = "Qx7answer7xQ", "Qx7question7xQ"
 
 
 class TemplateError(ValueError):
-    """A chat template that cannot write these messages, or does not come to an end."""
+    """A chat template that cannot write these messages, or that does not terminate."""
 
 
 class TemplateLimitError(TemplateError):
-    """A chat template that took too much time or memory: nothing is gained by another attempt."""
+    """A chat template that took too much time or memory, so it is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Chat:
     """A conversation.
 
     Attributes:
-        messages: the messages, each with ``role`` and what the template reads of it.
-        tools: JSON schemas of the tools; None for none.
-        options: further variables of the template.
+        messages: mappings, each with ``role`` and the other keys that the template reads.
+        tools: JSON schemas of the tools; None for no tools.
+        options: mapping of further template variables to values.
         learnt: indices of the messages that are to be learnt.
-        names: each message's place in its record, for errors.
+        names: place of each message in its record, for errors.
     """
 
     messages: Sequence[Message]
@@ -85,9 +85,9 @@ class Chat:
 
 
 Render = Callable[[Chat, Sequence[Prefix]], Sequence["str | TemplateError"]]
-"""``(chat, [(n, answer_follows), ...]) -> texts``: the first ``n`` messages as the template writes them; with
-``answer_follows`` up to where the assistant's next answer begins. An error stands for a text that cannot
-be written.
+"""``(chat, [(n, answer_follows), ...]) -> texts``: the template's text of the first ``n`` messages. With
+``answer_follows`` the text ends where the assistant's next answer begins. If a text cannot be written, the list
+has the error in its place.
 """
 
 
@@ -96,7 +96,7 @@ class Answer:
     """An answer in its context.
 
     Attributes:
-        text: prompt and answer.
+        text: string of prompt and answer.
         start: index of the answer's first character.
     """
 
@@ -107,10 +107,10 @@ class Answer:
 def form_of(record: Record, place: str) -> str:
     """Return the form of a record: ``messages``, ``conversations``, ``prompt`` or ``text``.
 
-    Fields that are null count as absent. The first form found, in this order, is the record's.
+    Fields that are null count as absent. If a record has several forms, the first in this order counts.
 
     Raises:
-        RecordError: none of the forms.
+        RecordError: the record has none of the forms.
     """
     if not isinstance(record, Mapping):
         raise RecordError(f"{place}: expected an object, got {_shown(record)}")
@@ -127,10 +127,10 @@ def form_of(record: Record, place: str) -> str:
 
 
 def text_of(record: Record, name: str, place: str) -> str:
-    """Return a field that has to be text.
+    """Return the text of a field.
 
     Raises:
-        RecordError: it is not, or has half of a surrogate pair.
+        RecordError: the field is not text, or contains half of a surrogate pair.
     """
     value = record[name]
     if not isinstance(value, str):
@@ -143,12 +143,12 @@ def chat_of(record: Record, form: str, place: str) -> Chat:
     """Return a record's conversation.
 
     Args:
-        record: the record.
+        record: mapping of field names to values.
         form: ``messages``, ``conversations`` or ``prompt`` (then ``prompt`` and ``completion`` are lists of messages).
-        place: where the record is, for errors.
+        place: location of the record, for errors.
 
     Raises:
-        RecordError: a field whose meaning is not plain.
+        RecordError: a field has an unclear meaning.
     """
     tools = _parsed(record.get("tools"), f"{place}: tools")
     if tools is not None:
@@ -182,7 +182,7 @@ def chat_of(record: Record, form: str, place: str) -> Chat:
 
 
 def _parsed(value: Any, where: str) -> Any:
-    """Read a value that may be written as JSON in a string."""
+    """Parse a value that may be JSON in a string."""
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple) else value
     try:
@@ -201,7 +201,7 @@ def _messages(value: Any, name: str, place: str) -> list[Message]:
     value = _parsed(value, where)
     columns = list(value.values()) if isinstance(value, Mapping) else []
     if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-        # A sequence of objects, as HF datasets may keep it: a list for each name.
+        # HF datasets may store a sequence of objects as one list for each name.
         value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(value, list) or not value:
         raise RecordError(f"{where}: expected a list of at least one message, got {_shown(value)}")
@@ -212,7 +212,7 @@ def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise RecordError(f"{where}: expected an object with role and content, got {_shown(value)}")
     _check(value, where)
-    # The keys that other messages of an Arrow table have, and `"tool_calls": null` of chat servers.
+    # Arrow gives each message the keys of all others, with null; chat servers write `"tool_calls": null`.
     message = {name: inner for name, inner in value.items() if inner is not None}
     if "role" not in message and "from" in message:
         role = _SHAREGPT_ROLES.get(message["from"]) if isinstance(message["from"], str) else None
@@ -243,7 +243,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _content(value: Any, where: str) -> str:
-    """Return text, or the text of a list of parts."""
+    """Return a content that is text, or join the text of its parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not value:
@@ -257,7 +257,7 @@ def _content(value: Any, where: str) -> str:
 
 
 def _check(value: Any, where: str) -> None:
-    """Refuse what a tokenizer or a template cannot take, and what JSON cannot say."""
+    """Refuse values that a tokenizer, a template or JSON cannot represent."""
     try:
         _check_inside(value, where)
     except RecursionError as error:
@@ -291,7 +291,7 @@ def _check_inside(value: Any, where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Say what a value is, shortly."""
+    """Return a short description of a value, for errors."""
     if value is None:
         return "null"
     if isinstance(value, bool | int | float | str | list | tuple | Mapping):
@@ -306,10 +306,10 @@ def _shown(value: Any) -> str:
 
 
 def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
-    """Give each answer to be learnt, in the context in which the model would generate it.
+    """Yield each answer to be learnt, in the context in which the model would generate it.
 
     Raises:
-        RecordError: messages that the template cannot write, or an answer that cannot be told from its prompt.
+        RecordError: the template cannot write the messages, or an answer cannot be separated from its prompt.
     """
     wanted = [prefix for number in chat.learnt for prefix in ((number, True), (number + 1, False))]
     if not wanted:
@@ -318,13 +318,13 @@ def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
     retry = not isinstance(texts[1], TemplateLimitError)
     failed = sum(isinstance(text, TemplateError) for text in texts)
     if retry and failed and any("content" not in message for message in chat.messages):
-        # Templates of the simplest kind join the content of every message to other text, tool calls or not.
+        # The simplest templates concatenate the content of every message with other text, even if it has tool calls.
         filled = _changed(chat, {n: "" for n, m in enumerate(chat.messages) if "content" not in m})
         again = list(render(filled, wanted))
         if sum(isinstance(text, TemplateError) for text in again) < failed:
             chat, texts = filled, again
     if retry and not _all_written(chat, texts):
-        # Templates of models that see pictures may read parts only, and write nothing of content that is text.
+        # Templates of vision models may read lists of parts only, and write nothing if the content is text.
         in_parts = _changed(
             chat, {n: [{"type": "text", "text": m["content"]}] for n, m in enumerate(chat.messages) if m.get("content")}
         )
@@ -350,10 +350,10 @@ def _all_written(chat: Chat, texts: Sequence[str | TemplateError]) -> bool:
 
 
 def _found(chat: Chat, number: int, prompt: str | TemplateError, whole: str, render: Render, where: str) -> Answer:
-    """Find an answer whose prompt is not simply the beginning of the text that ends with it.
+    """Find an answer whose prompt is not a prefix of the text that ends with the answer.
 
-    The template's own words between the messages and an answer, the opening, mark where the answer begins. Where these
-    are is told by what the template writes with a mark in place of the answer.
+    The opening is the template's own text between the messages and an answer. It shows where the answer begins. To find
+    the opening, the template is rendered with a marker in place of the answer.
     """
     before = chat.messages[:number]
     marked = render(_changed(chat, {number: _MARK}), [(number + 1, False)])[0]
@@ -364,7 +364,7 @@ def _found(chat: Chat, number: int, prompt: str | TemplateError, whole: str, ren
         mark = marked.index(_MARK)
         at = marked.rfind(opening, 0, mark) if opening else -1
         start = at + len(opening)
-        # It has to be this answer's opening, not that of an answer before the last question.
+        # This has to be the opening of this answer, not of an answer before the last question.
         asked = render(_changed(chat, {number - 1: _ASKED, number: _MARK}), [(number + 1, False)])[0] if before else ""
         if isinstance(asked, str) and 0 <= asked.find(_ASKED) > asked.rfind(opening, 0, max(asked.find(_MARK), 0)):
             at = -1
@@ -372,7 +372,7 @@ def _found(chat: Chat, number: int, prompt: str | TemplateError, whole: str, ren
             context = prompt if isinstance(prompt, str) else whole[:start]
             return Answer(context + whole[start:], len(context))
         if isinstance(prompt, str):
-            # The prompt opens the model's thinking, which the template then leaves out of the message.
+            # The prompt opens the model's thinking, but the template leaves thinking out of the message.
             thinking = prompt[_common(prompt, whole) :].strip()
             content = str(chat.messages[number].get("content", "")).strip()
             if thinking and content.startswith(thinking):
@@ -392,11 +392,11 @@ def _found(chat: Chat, number: int, prompt: str | TemplateError, whole: str, ren
 
 
 def _opening(chat: Chat, number: int, prompt: str | TemplateError, render: Render) -> str | None:
-    """Return what a template adds to the messages for an answer to begin; None if it can't write any."""
+    """Return the text that a template adds to the messages before an answer; None if it can't write it."""
     if isinstance(prompt, str):
         bare = render(chat, [(number, False)])[0]
         return prompt[_common(bare, prompt) if isinstance(bare, str) else 0 :]
-    # A chat that the assistant begins, which few templates foresee: one question shows how answers begin.
+    # Few templates support a chat that the assistant begins. One question shows how answers begin.
     bare, prompt = render(
         Chat([{"role": "user", "content": _ASKED}], chat.tools, chat.options), [(1, False), (1, True)]
     )
@@ -404,7 +404,7 @@ def _opening(chat: Chat, number: int, prompt: str | TemplateError, render: Rende
 
 
 def _changed(chat: Chat, contents: Mapping[int, Any]) -> Chat:
-    """Return the conversation with other contents in some messages."""
+    """Return a copy of the conversation with the contents of some messages replaced."""
     messages = [
         {**message, "content": contents[number]} if number in contents else message
         for number, message in enumerate(chat.messages)
@@ -413,6 +413,6 @@ def _changed(chat: Chat, contents: Mapping[int, Any]) -> Chat:
 
 
 def _common(first: str, second: str) -> int:
-    """Return the length of the longest common beginning."""
+    """Return the length of the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))

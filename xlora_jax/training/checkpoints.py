@@ -1,8 +1,8 @@
-"""Checkpoints of training, with orbax: trainable parameters, the optimizer's state, counts, RNG, the data's position.
+"""Training checkpoints, with orbax: trainable parameters, optimizer state, counts, RNG and data position.
 
 The frozen base is never saved. Saving is asynchronous: arrays are copied to the host, and written while training goes
-on. A checkpoint is complete or is not there; one that can't be written leaves the earlier ones as they are. Each holds
-checksums of its arrays and of its JSON. A damaged one is set aside with a warning, and the one before is restored.
+on. A checkpoint is either complete or absent. If one can't be written, the earlier ones stay as they are. Each has
+checksums of its arrays and of its JSON. A damaged one is set aside with a warning, and the one before it is restored.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _METADATA = "_CHECKPOINT_METADATA"
 
 
 class CheckpointError(OSError):
-    """A checkpoint that can't be written or read; the message says which, why, and what is left."""
+    """A checkpoint that can't be written or read. The message names it, the reason and the checkpoints left."""
 
 
 class Checkpoints:
     """The checkpoints of one run, ``<directory>/<step>``.
 
-    Usable as a context manager, which waits for what is being written.
+    Usable as a context manager, which waits for pending writes.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
         """Open or create a directory of checkpoints.
 
         Args:
-            directory: of this run alone.
-            keep: how many of the latest to keep.
+            directory: path of a directory that no other run uses.
+            keep: number of the latest checkpoints to keep.
 
         Raises:
             CheckpointError: the directory can't be created or written to.
@@ -78,7 +78,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Wait for what is being written, unless an error is on its way already."""
+        """Wait for pending writes, unless an error is already being raised."""
         try:
             self.wait()
         except CheckpointError:
@@ -89,19 +89,19 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the latest complete checkpoint, or None."""
+        """Return the step of the latest complete checkpoint, or None."""
         step: int | None = self._manager.latest_step()
         return step
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint of ``state`` under its step.
+        """Begin to write a checkpoint of ``state``, named by its step.
 
         Args:
-            state: as of now; it may be donated to the next step at once.
-            data: JSON values: where the loader stands, and whatever else is to come back.
+            state: current training state; it may be donated to the next step at once.
+            data: JSON values: the loader's position, and anything else to restore.
 
         Raises:
-            CheckpointError: this one or the one before can't be written.
+            CheckpointError: this checkpoint or the previous one can't be written.
         """
         step = int(state.step)
         plain = _plain(state)
@@ -119,7 +119,7 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def check(self) -> None:
-        """Raise CheckpointError if one can't be written, as soon as that is known."""
+        """Raise CheckpointError if a pending write has failed."""
         try:
             self._manager.check_for_errors()
         except Exception as error:
@@ -129,7 +129,7 @@ class Checkpoints:
         """Wait until everything is written.
 
         Raises:
-            CheckpointError: it can't be.
+            CheckpointError: a checkpoint can't be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -138,18 +138,18 @@ class Checkpoints:
             raise self._failed(None, error) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Read the latest checkpoint that is whole, or return None if there is none at all.
+        """Read the latest undamaged checkpoint, or return None if there are no checkpoints.
 
-        A damaged one is renamed to ``damaged-<step>-...``, with a warning, once an earlier one has been read.
+        Once an earlier one has been read, a damaged one is renamed to ``damaged-<step>-...``, with a warning.
 
         Args:
-            like: a state of the same shapes; the arrays that are read are placed as its arrays are, so on any mesh.
+            like: state of the same shapes, on any mesh; the restored arrays get its shardings.
 
         Returns:
             The state, and the JSON values saved with it.
 
         Raises:
-            CheckpointError: none can be read, or the latest has other shapes.
+            CheckpointError: no checkpoint can be read, or the latest has other shapes.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
@@ -185,7 +185,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Read one checkpoint. Raises CheckpointError if it is of another model, and anything else if it is damaged."""
+        """Read one checkpoint; raise CheckpointError if it is of another model, any other error if it is damaged."""
         where = self.directory / str(step)
         described = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
         file = where / "data" / "metadata"
@@ -220,7 +220,7 @@ class Checkpoints:
         return state, dict(described["data"])
 
     def _set_metadata_aside(self, error: Exception) -> None:
-        """Rename orbax's descriptions of checkpoints: it reads all of them at once, and can do without."""
+        """Rename orbax's metadata files: it reads all of them at once, and can work without them."""
         found = sorted(self.directory.glob(f"[0-9]*/{_METADATA}"))
         if jax.process_index() == 0:
             for path in found:
@@ -260,7 +260,7 @@ class Checkpoints:
 
 
 def _all_agree(holds: bool) -> bool:
-    """Whether it holds on every process; waits for all of them."""
+    """Return whether ``holds`` is true on every process; wait for all of them."""
     if jax.process_count() == 1:
         return holds
     from jax.experimental import multihost_utils
@@ -269,12 +269,12 @@ def _all_agree(holds: bool) -> bool:
 
 
 def _named(plain: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Every array, by path."""
+    """Return every array by its path."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(plain)}
 
 
 def _shapes(plain: Mapping[str, Any]) -> dict[str, str]:
-    """Shape and dtype of every array, by path."""
+    """Return the shape and dtype of every array by its path."""
     return {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in _named(plain).items()}
 
 
@@ -283,7 +283,7 @@ def _digest(described: Mapping[str, Any]) -> str:
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-    """The state as a dict of plain arrays: the PRNG key as its data."""
+    """Return the state as a dict of plain arrays, with the PRNG key as its data."""
     return {
         "step": state.step,
         "trainable": state.trainable,

@@ -1,8 +1,8 @@
-"""Checksums of arrays, computed where the arrays are: they do not depend on how an array is cut into shards.
+"""Checksums of arrays, computed on their devices. They do not depend on how an array is sharded.
 
-A checksum consists of two sums over the elements, modulo 2**32, of the element's bits mixed with its place. For a given
-place the mixing is one to one, so one changed element always changes both sums; any other change goes unnoticed with a
-probability of about 2**-64. Integer sums are exact in any order, so every mesh gives the same.
+A checksum consists of two sums over the elements, modulo 2**32. Each sums the element's bits mixed with its index. For
+a given index the mixing is one to one, so one changed element always changes both sums. Any other change goes unnoticed
+with a probability of about 2**-64. Integer sums are exact in any order, so every mesh gives the same result.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ __all__ = ["checksums", "partial_checksums"]
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Compute the checksum of each array's bits, 16 hexadecimal digits; every process gets those of the whole arrays.
+    """Compute a checksum of each array's bits, as 16 hexadecimal digits; all processes get the same result.
 
     Args:
-        arrays: by name, the same on every process; sharded in any way.
+        arrays: mapping of names to arrays, with the same names on every process and any sharding.
     """
     sums = {name: _start(array, (), False) for name, array in arrays.items()}
     return {name: _digits(np.asarray(pair)) for name, pair in sums.items()}
 
 
 def partial_checksums(arrays: Mapping[str, tuple[jax.Array, tuple[int, ...]]]) -> dict[str, NDArray[np.uint64]]:
-    """Compute checksums of parts of arrays: of values, so that bfloat16 and the same numbers in float32 give the same.
+    """Compute checksums of the values in parts of arrays.
+
+    They depend on values, not bits, so bfloat16 and the same numbers in float32 give equal checksums.
 
     Args:
-        arrays: by name, an array and the axes that are not summed over. Places count within a part only.
+        arrays: mapping of names to an array and the axes to keep. Indices count within a part.
 
     Returns:
-        By name, an array of the shape of the axes kept.
+        A mapping of names to arrays with the shape of the kept axes.
     """
     sums = {name: _start(array, kept, True) for name, (array, kept) in arrays.items()}
     pairs = {name: np.asarray(pair).astype(np.uint64) for name, pair in sums.items()}
@@ -51,7 +53,7 @@ def _digits(pair: NDArray[np.uint32]) -> str:
 
 
 def _start(array: Any, kept: tuple[int, ...], as_values: bool) -> jax.Array:
-    """Begin to sum; the result, the same on every process, is waited for where it is read."""
+    """Start the sums, which are the same on every process; reading the result waits for it."""
     sharding = getattr(array, "sharding", None)
     whole = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
     pair: jax.Array = _compiled(kept, as_values, whole)(array)
@@ -64,7 +66,7 @@ def _compiled(kept: tuple[int, ...], as_values: bool, whole: NamedSharding | Non
 
 
 def _sums(array: jax.Array, kept: tuple[int, ...], as_values: bool) -> jax.Array:
-    """Both sums, uint32 ``[2, *kept]``."""
+    """Return both sums, uint32 ``[2, *kept]``."""
     kept = tuple(axis % array.ndim for axis in kept)
     bits = _bits(array, as_values)
     summed = [axis for axis in range(bits.ndim) if axis not in kept]

@@ -1,7 +1,7 @@
-"""Losses of classification, and a training step for any loss of the model's output.
+"""Classification losses, and a training step for any loss of the model's output.
 
-PEFT's ``task_type`` SEQ_CLS and TOKEN_CLS; causal language models have :mod:`xlora_jax.training.step`'s own step, which
-never holds all logits at once. Axes as in :mod:`xlora_jax.layers.mixing`, and C for the classes.
+These are for PEFT's ``task_type`` SEQ_CLS and TOKEN_CLS. For causal language models, :mod:`xlora_jax.training.step` has
+a step that never holds all logits at once. Axes as in :mod:`xlora_jax.layers.mixing`, and C for the classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["classification_loss", "make_objective_step"]
 
 
 def classification_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of classes, in nats, as transformers computes it for sequences and for tokens.
+    """Return the mean cross-entropy in nats, as transformers computes it for sequences and for tokens.
 
     Args:
         logits: ``[B, C]`` with labels ``[B]`` (SEQ_CLS), or ``[B, T, C]`` with labels ``[B, T]`` (TOKEN_CLS).
@@ -50,13 +50,13 @@ def make_objective_step(
     """Make the jitted step ``(state, frozen, batch) -> (state, metrics)`` for a loss of the model's output.
 
     Args:
-        xlora: static description.
+        xlora: static description of the model.
         optimizer: any optax transformation.
-        loss: of the output and ``batch["labels"]``; default :func:`classification_loss` of its logits.
+        loss: function of the output and ``batch["labels"]``; default :func:`classification_loss` of its logits.
 
     Returns:
         The step; the state is donated. A batch has ``labels`` and the inputs of the model by name. The classifier's
-        dropout and the experts' ``lora_dropout`` act. Metrics are ``loss`` and ``grad_norm``.
+        dropout and the experts' ``lora_dropout`` are on. Metrics are ``loss`` and ``grad_norm``.
     """
 
     def loss_of(trainable: Params, frozen: Params, batch: Batch, rng: jax.Array) -> jax.Array:

@@ -23,42 +23,42 @@ class TrainConfig:
     """Settings of a run.
 
     Attributes:
-        steps: optimiser steps of the whole run.
-        batch_size: rows per micro-batch, of all devices together.
-        accumulate: micro-batches per step.
-        optimizer: a key of :data:`xlora_jax.training.optimizers.OPTIMIZERS`.
-        learning_rate: peak.
+        steps: number of optimizer steps in the whole run.
+        batch_size: number of rows per micro-batch, over all devices.
+        accumulate: number of micro-batches per step.
+        optimizer: key of :data:`xlora_jax.training.optimizers.OPTIMIZERS`.
+        learning_rate: peak learning rate.
         schedule: one of :data:`xlora_jax.training.optimizers.SCHEDULES`.
-        warmup: steps of linear warm-up.
-        weight_decay: decoupled.
+        warmup: number of linear warm-up steps.
+        weight_decay: coefficient of the decoupled weight decay.
         b1: decay of the first moment.
         b2: decay of the second moment.
-        eps: of adaptive optimisers.
-        max_grad_norm: clip the gradient's norm; None for no clipping.
-        seed: of data order and dropouts.
-        param_dtype: in which to keep what learns; None leaves it as it was loaded.
-        gate_dtype: in which the classifier computes; None takes the base model's, as PEFT does.
-        remat: rematerialisation policy, a key of :data:`xlora_jax.models.transformer.REMAT_POLICIES`; None stores all.
-        attention: ``xla`` or ``cudnn``; None leaves it to JAX.
-        loss_chunk: positions of a row whose logits exist at a time.
-        load_balance: weight of that regulariser, see :mod:`xlora_jax.training.regularizers`.
-        entropy: likewise.
-        z_loss: likewise.
-        regularize_per_layer: balance within every layer, or over all together.
-        eval_every: steps between evaluations; 0 evaluates at the end only.
-        checkpoint_every: steps between checkpoints; 0 saves at the end and on SIGTERM only.
-        keep_checkpoints: how many of the latest to keep.
-        log_every: steps between entries of the metrics.
-        max_bad_steps: so many steps in a row that are not finite stop the run.
+        eps: epsilon of adaptive optimizers.
+        max_grad_norm: maximum norm of the gradient, which is clipped to it; None for no clipping.
+        seed: random seed of data order and dropouts.
+        param_dtype: dtype of the trainable parameters; None keeps the loaded dtype.
+        gate_dtype: compute dtype of the classifier; None takes the base model's, as PEFT does.
+        remat: rematerialization policy, a key of :data:`xlora_jax.models.transformer.REMAT_POLICIES`; None stores all.
+        attention: attention implementation, ``xla`` or ``cudnn``; None leaves the choice to JAX.
+        loss_chunk: number of positions of a row whose logits exist at a time.
+        load_balance: weight of the load-balance loss, see :mod:`xlora_jax.training.regularizers`.
+        entropy: weight of the router entropy, see there.
+        z_loss: weight of the router z-loss, see there.
+        regularize_per_layer: whether to balance the experts within every layer, or over all layers together.
+        eval_every: number of steps between evaluations; 0 evaluates at the end only.
+        checkpoint_every: number of steps between checkpoints; 0 saves at the end and on SIGTERM only.
+        keep_checkpoints: number of the latest checkpoints to keep.
+        log_every: number of steps between entries of the metrics.
+        max_bad_steps: number of non-finite steps in a row that stops the run.
         scaling_cache: ``off``, ``memory`` or ``disk``.
-        scaling_cache_dtype: float32 or bfloat16.
-        scaling_cache_directory: of ``scaling_cache="disk"``; None takes ``output/scaling_cache``.
-        data: size of that mesh axis; -1 takes what the others leave.
-        fsdp: likewise.
-        tensor: likewise.
-        tensorboard: also write TensorBoard's files.
-        allow_changed: go on with a run although its inputs or settings are not the ones that it began with, with a
-            warning that names them.
+        scaling_cache_dtype: element type of the cache, float32 or bfloat16.
+        scaling_cache_directory: path for ``scaling_cache="disk"``; None takes ``output/scaling_cache``.
+        data: size of the ``data`` mesh axis; -1 takes the devices that the other axes leave.
+        fsdp: size of the ``fsdp`` mesh axis.
+        tensor: size of the ``tensor`` mesh axis.
+        tensorboard: whether to write TensorBoard's files too.
+        allow_changed: whether a run may resume with inputs or settings other than those it began with. A warning names
+            the changes.
     """
 
     steps: int = 1000
@@ -101,8 +101,8 @@ class TrainConfig:
         """Validate the fields.
 
         Raises:
-            TypeError: a field of another type.
-            ValueError: a value that can't work.
+            TypeError: a field has the wrong type.
+            ValueError: a field has an invalid value.
         """
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), str(field.type)
@@ -123,15 +123,15 @@ class TrainConfig:
 
     @property
     def regularizers(self) -> Regularizers:
-        """The further terms of the loss."""
+        """Return the additional terms of the loss."""
         return Regularizers(self.load_balance, self.entropy, self.z_loss, self.regularize_per_layer)
 
     def make_schedule(self) -> Callable[[Any], Any]:
-        """Learning rate by step."""
+        """Make the function from a step to its learning rate."""
         return make_schedule(self.schedule, self.learning_rate, self.steps, self.warmup)
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        """The optimiser that the settings describe."""
+        """Make the optimizer that the settings describe."""
         return make_optimizer(
             self.optimizer,
             self.make_schedule(),
@@ -142,7 +142,7 @@ class TrainConfig:
             max_grad_norm=self.max_grad_norm,
         )
 
-    # Settings that may differ on resume: they do not change what is computed, but for last bits on another mesh.
+    # Settings that may differ on resume. They do not change the result, except for the last bits on another mesh.
     _FREE = (
         "eval_every",
         "checkpoint_every",
@@ -160,7 +160,7 @@ class TrainConfig:
         "tensorboard",
         "allow_changed",
     )
-    # Without effect where the caller brings an optimizer.
+    # These have no effect if the caller passes an optimizer.
     _OF_OPTIMIZER = (
         *("steps", "optimizer", "learning_rate", "schedule", "warmup", "weight_decay"),
         *("b1", "b2", "eps", "max_grad_norm"),
@@ -170,7 +170,7 @@ class TrainConfig:
         """Return the settings that a resumed run must share with the run it resumes.
 
         Args:
-            own_optimizer: leave out those of the optimizer, because the caller brings one.
+            own_optimizer: whether the caller passes an optimizer, so that the optimizer's settings are left out.
         """
         free = self._FREE + (self._OF_OPTIMIZER if own_optimizer else ())
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

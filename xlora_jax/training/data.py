@@ -1,10 +1,10 @@
-"""From texts to batches: records, tokens, rows of fixed length, and a deterministic, sharded, checkpointable loader.
+"""Convert records to tokens and rows of fixed length, and load them in deterministic, sharded batches.
 
 :mod:`xlora_jax.training.records` reads records, and :mod:`xlora_jax.training.chats` finds their texts and answers.
 Tokenizers come in as functions (:class:`Codec`): nothing here depends on a tokenizer library.
 
-Rows are laid out once, before training, so that a row is the same in every epoch: what the scaling pass gives for it
-can be kept, and where the loader stands is one number. Axes: B rows, T tokens.
+Rows are laid out once, before training, so a row is the same in every epoch. Its scaling pass can then be cached, and
+the loader's position is one number. Axes: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Codec:
     """A tokenizer, as functions.
 
     Attributes:
-        encode: ``(text, start) -> (ids, first)``, token ids without special tokens, and the index of the first token
-            that holds a character at or behind ``start``, wholly or in part.
-        bos: token that starts a document, or None.
-        eos: token that ends a document or an answer, or None.
-        chat: the chat template; None if there is none.
-        reads: whether the chat template reads a variable or key of this name.
-        decode: token ids to text, special tokens included.
+        encode: function ``(text, start) -> (ids, first)``: token ids without special tokens, and the index of the first
+            token with a character, or part of one, at or after ``start``.
+        bos: id of the token that starts a document, or None.
+        eos: id of the token that ends a document or an answer, or None.
+        chat: function that renders the chat template; None if there is no template.
+        reads: function that tells whether the chat template reads a variable or key of this name.
+        decode: function from token ids to text, special tokens included.
     """
 
     encode: Callable[[str, int], tuple[Sequence[int], int]]
@@ -59,7 +59,7 @@ class Document:
     Attributes:
         ids: int32 ``[n]``.
         learnt: bool ``[n]``, whether a token is to be predicted.
-        divisible: whether a long one may go on in the next row (plain text), or is cut off (an answer).
+        divisible: whether a long document continues in the next row (plain text), or is cut off (an answer).
     """
 
     ids: Ints
@@ -70,22 +70,22 @@ class Document:
 def encode_record(record: Record, codec: Codec, place: str = "record") -> list[Document]:
     """Tokenize one record.
 
-    A chat becomes one document if that holds every answer in the context in which the model would generate it; else
-    several, one per answer where need be.
+    A chat becomes one document if this contains every answer in the context in which the model would generate it.
+    Otherwise it becomes several documents, at most one per answer.
 
     Args:
-        record: the record.
-        codec: the tokenizer.
-        place: where the record is, for errors.
+        record: mapping of field names to values.
+        codec: tokenizer functions.
+        place: location of the record, for errors.
 
     Raises:
-        RecordError: a field whose meaning is not plain, or messages that the chat template cannot write.
+        RecordError: a field has an unclear meaning, or the chat template cannot write the messages.
     """
     return _documents(record, codec, place, Counter())
 
 
 def _documents(record: Record, codec: Codec, place: str, unread: Counter[str]) -> list[Document]:
-    """Tokenize a record, and count in ``unread`` the variables that it brings and the template does not read."""
+    """Tokenize a record, and count in ``unread`` its variables that the template does not read."""
     try:
         return _documents_of(record, codec, place, unread)
     except RecursionError as error:
@@ -111,7 +111,7 @@ def _documents_of(record: Record, codec: Codec, place: str, unread: Counter[str]
         ids, first = _encode(codec, answer.text, answer.start, place)
         document = _document(ids, first, divisible=False)
         for number, earlier in enumerate(documents):
-            # An earlier document that this one begins with: its answers have the same context in both.
+            # This document begins with an earlier one, whose answers have the same context in both.
             size = len(earlier.ids)
             if np.array_equal(document.ids[:size], earlier.ids):
                 document.learnt[:size] |= earlier.learnt
@@ -123,10 +123,10 @@ def _documents_of(record: Record, codec: Codec, place: str, unread: Counter[str]
 
 
 def _unread(chat: Chat, codec: Codec, place: str) -> set[str]:
-    """Return the names of what a chat brings and the template does not read.
+    """Return the names of a chat's variables and keys that the template does not read.
 
     Raises:
-        RecordError: an answer would be lost by that.
+        RecordError: part of an answer would be lost.
     """
     unread = {name for name in (*chat.options, *(["tools"] if chat.tools else [])) if not codec.reads(name)}
     for name, message in zip(chat.names, chat.messages, strict=True):
@@ -149,7 +149,7 @@ def _unread(chat: Chat, codec: Codec, place: str) -> set[str]:
 
 
 def _with_ends(text: str, start: int, codec: Codec, place: str, *, divisible: bool) -> Document:
-    """Encode a text between the tokens that begin and end one, unless it has these already."""
+    """Encode a text, and add the tokens that begin and end a document unless it already has them."""
     ids, first = _encode(codec, text, start, place)
     if codec.bos is not None and ids[:1] != [codec.bos]:
         ids, first = [codec.bos, *ids], first + (not divisible)
@@ -174,12 +174,12 @@ def encode_records(records: Iterable[Record], codec: Codec, bad: BadRecords | No
     """Tokenize records.
 
     Args:
-        records: the records; those of :func:`read_records` know their files and lines, for errors.
-        codec: the tokenizer.
-        bad: counts bad records; by default the first one is an error.
+        records: iterable of records; those of :func:`read_records` know their files and lines, for errors.
+        codec: tokenizer functions.
+        bad: counter of bad records; by default the first one is an error.
 
     Raises:
-        RecordError: a bad record more than ``bad`` allows.
+        RecordError: there are more bad records than ``bad`` allows.
     """
     bad = BadRecords() if bad is None else bad
     documents: list[Document] = []
@@ -198,14 +198,15 @@ def encode_records(records: Iterable[Record], codec: Codec, bad: BadRecords | No
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of fixed length, a random-access source.
+    """Rows of fixed length, with random access.
 
     Attributes:
-        arrays: ``input_ids`` and ``labels`` int32 ``[rows, T]``; packed ones also have ``positions`` (from each
-            document's start) and ``segment_ids`` (1, 2, ... per row, 0 where there is nothing).
+        arrays: mapping with ``input_ids`` and ``labels``, int32 ``[rows, T]``. Packed rows also have ``positions``,
+            counted
+            from each document's start, and ``segment_ids``: 1, 2, ... in each row, 0 at padding.
         cut: number of documents whose end did not fit.
-        dropped: number of documents without a token to learn, which are left out.
-        lengths: int32 ``[rows]``, tokens of each row; None if every place holds one.
+        dropped: number of documents left out because they have no token to learn.
+        lengths: int32 ``[rows]``, number of tokens in each row; None if all rows are full.
     """
 
     arrays: Mapping[str, Ints]
@@ -218,45 +219,46 @@ class Rows:
         return len(self.arrays["input_ids"])
 
     def __getitem__(self, row: Any) -> dict[str, Any]:
-        """Return one row, with its number as ``row``."""
+        """Return one row, and its index as ``row``."""
         return {**{name: array[row] for name, array in self.arrays.items()}, "row": np.int32(row)}
 
     def count(self, rows: NDArray[np.int32] | None = None) -> int:
-        """Return the number of tokens, learnt or not, of the rows of these numbers or of all."""
+        """Return the number of tokens, learnt or not, in the rows with these indices, or in all rows."""
         if self.lengths is None:
             return int(self.arrays["input_ids"].shape[1] * (len(self) if rows is None else np.size(rows)))
         return int(self.lengths[slice(None) if rows is None else rows].sum())
 
     @property
     def fill(self) -> float:
-        """Share of the rows' places that hold a token."""
+        """Return the share of positions that have a token rather than padding."""
         return self.count() / self.arrays["input_ids"].size
 
     def check_vocabulary(self, vocab_size: int | None) -> None:
         """Check every token id and every label against a vocabulary; None checks nothing.
 
         Raises:
-            ValueError: an id below 0 or of at least ``vocab_size``; the message says where.
+            ValueError: an id is negative, or ``vocab_size`` or more; the message gives its place.
         """
         check_token_ids(self.arrays["input_ids"], vocab_size, "rows, input_ids")
         check_token_ids(self.arrays["labels"], vocab_size, "rows, labels", ignored=IGNORED_LABEL)
 
     @classmethod
     def from_tokens(cls, input_ids: NDArray[Any], labels: NDArray[Any] | None = None) -> Rows:
-        """Make rows of tokens ``[rows, T]`` that are there already; without labels every token is learnt."""
+        """Make rows from token ids ``[rows, T]``; without labels every token is learnt."""
         ids = np.asarray(input_ids, np.int32)
         return cls({"input_ids": ids, "labels": ids.copy() if labels is None else np.asarray(labels, np.int32)})
 
 
 def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) -> Rows:
-    """Lay documents out in rows of ``length`` tokens.
+    """Arrange documents in rows of ``length`` tokens.
 
-    Plain text longer than a row goes on in the next; an answer that does not fit is cut off. With ``pack`` several
-    documents share a row (best fit, longest first), and see themselves only, by ``segment_ids`` and ``positions``.
-    Without, each has a row, filled up on the right; causal attention needs no mask for that.
+    Plain text longer than a row continues in the next row. An answer that does not fit is cut off. With ``pack``,
+    several
+    documents share a row (best fit, longest first), and ``segment_ids`` and ``positions`` keep them apart. Without
+    ``pack``, each document has its own row, padded on the right; causal attention needs no mask for that.
 
     Raises:
-        ValueError: ``length`` below 2, or nothing to learn in any document.
+        ValueError: ``length`` is below 2, or no document has a token to learn.
     """
     if length < 2:
         raise ValueError(f"row length: expected at least 2 tokens, got {length}")
@@ -270,7 +272,7 @@ def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) ->
         if len(parts) > 1 and not document.divisible:
             cut += 1
             parts = parts[:1]
-        # The first token of a piece is predicted from nothing.
+        # No token precedes the first token of a piece, so it is not predicted.
         kept = [part for part in parts if part.learnt[1:].any()]
         dropped += not kept
         pieces += kept
@@ -302,9 +304,9 @@ def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) ->
 
 
 def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distribute numbered sizes over bins, longest first, each into the fullest bin that has room."""
+    """Distribute sizes over bins, largest first, each into the fullest bin that has room; return indices by bin."""
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (what is left, bin), sorted
+    room: list[tuple[int, int]] = []  # (free space, bin), sorted
     for member in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         place = bisect.bisect_left(room, (sizes[member], -1))
         if place == len(room):
@@ -320,10 +322,10 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class _Share:
-    """One process's rows of a sequence that is cut into batches, its part of each batch in one piece.
+    """One process's rows of a sequence that is cut into batches: a contiguous part of each batch.
 
-    So the batch of all processes has the rows, and the order, that a single process would give it: what is drawn by
-    place in the batch (dropout) stays the same.
+    So the global batch has the same rows in the same order as with a single process. Random numbers that depend on the
+    position in the batch (dropout) stay the same.
     """
 
     def __init__(self, rows: Any, batch_size: int, process_index: int, process_count: int) -> None:
@@ -332,7 +334,7 @@ class _Share:
         self._first = process_index * self._own
 
     def __len__(self) -> int:
-        # The rows repeat for ever, which grain writes as the largest length that there is; it still adds to it.
+        # The rows repeat forever. grain represents this by the largest possible length, and still adds to it.
         return int(min(len(self._rows), sys.maxsize // 2) // self._batch * self._own)
 
     def __getitem__(self, index: int) -> Any:
@@ -343,11 +345,11 @@ class _Share:
 class Loader:
     """Endless batches of rows, shuffled anew every epoch: a ``grain`` pipeline.
 
-    The batches depend on the seed alone, not on the number of processes, and where it stands is one number, the same on
-    all of them: so training resumes on another mesh.
+    The batches depend on the seed, not on the number of processes. The loader's position is one number, the same on all
+    processes. So training can resume on another mesh.
 
     Attributes:
-        rows: the rows that it draws from.
+        rows: source of the batches.
     """
 
     def __init__(
@@ -364,16 +366,16 @@ class Loader:
         """Start at the first batch.
 
         Args:
-            rows: what to draw from.
-            batch_size: rows per micro-batch, of all processes together.
-            seed: of the order.
-            accumulate: micro-batches per step; above 1 every array has that axis in front.
-            process_index: which process this is.
-            process_count: of how many.
-            threads: that read ahead.
+            rows: source of the batches.
+            batch_size: number of rows per micro-batch, over all processes.
+            seed: random seed of the order.
+            accumulate: number of micro-batches per step; above 1 every array has a leading A axis of this size.
+            process_index: index of this process.
+            process_count: number of processes.
+            threads: number of threads that read ahead.
 
         Raises:
-            ValueError: the batch can't be dealt out, or is larger than the data.
+            ValueError: the batch can't be divided among the processes, or is larger than the data.
         """
         import grain
 
@@ -404,9 +406,9 @@ class Loader:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return where it stands, as JSON values."""
+        """Return the loader's position, as JSON values."""
         return dict(self._iterator.get_state())
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go to where :meth:`get_state` was taken."""
+        """Go to the position that :meth:`get_state` returned."""
         self._iterator.set_state(dict(state))

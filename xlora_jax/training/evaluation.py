@@ -25,12 +25,12 @@ def evaluate(
     """Evaluate on every row once.
 
     Args:
-        step: of :func:`~xlora_jax.training.step.make_eval_step`.
-        trainable: what learnt.
-        frozen: the rest.
+        step: function made by :func:`~xlora_jax.training.step.make_eval_step`.
+        trainable: tree of the trainable parameters.
+        frozen: tree of the other parameters.
         rows: held-out rows.
-        batch_size: rows at a time, of all processes together.
-        put: from NumPy arrays to arrays on the devices.
+        batch_size: number of rows per batch, over all processes.
+        put: function that puts NumPy arrays on the devices.
 
     Returns:
         Mean cross-entropy per token in nats, and each expert's mean scaling ``[N]``.
@@ -43,7 +43,7 @@ def evaluate(
         batch = {name: array[start : start + batch_size] for name, array in rows.arrays.items()}
         missing = batch_size - len(batch["input_ids"])
         for name, array in batch.items():
-            # One compiled shape: the last batch is filled up with rows in which nothing is learnt.
+            # The last batch is filled up with rows that have nothing to learn, so there is only one shape to compile.
             fill = IGNORED_LABEL if name == "labels" else 0
             batch[name] = np.pad(array, ((0, missing), (0, 0)), constant_values=fill)[rank * local : (rank + 1) * local]
         loss, count, sums = step(trainable, frozen, put(batch))

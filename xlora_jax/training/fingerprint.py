@@ -1,6 +1,8 @@
-"""Fingerprint of a run: all that determines its result, by name, so that a resumed run can tell which of it changed.
+"""Fingerprint of a run: a named entry for each input that determines its result.
 
-Whole contents are held against each other, never samples of them. Model arrays are summed where they are, see
+A resumed run compares fingerprints and names the inputs that changed.
+
+Whole contents are compared, never samples. The checksums of model arrays are those of
 :mod:`xlora_jax.training.checksums`, so meshes, stacked blocks and storage dtypes make no difference.
 """
 
@@ -43,14 +45,14 @@ def run_fingerprint(xlora: XLora, params: Params, expert_names: Sequence[str], r
 
     Args:
         xlora: static description of the model.
-        params: its parameters at the start: base, experts, initial classifier.
-        expert_names: in the order of the classifier's outputs.
+        params: parameters at the start: base, experts, initial classifier.
+        expert_names: names in the order of the classifier's outputs.
         rows: tokenized training data.
     """
     from xlora_jax import __version__
 
     settings = xlora.config.to_dict()
-    del settings["adapters"]  # places of files, which may move
+    del settings["adapters"]  # paths, which may change
     module = xlora.module
     lora = next(leaf for path, leaf in flatten(params["experts"]).items() if path[-1] == "lora_a")
     return {
@@ -78,7 +80,7 @@ def rows_checksums(rows: Rows) -> dict[str, Any]:
 
 
 def array_checksums(xlora: XLora, params: Params) -> dict[str, str]:
-    """Compute a checksum of each array of base or classifier; arrays of stacked blocks get one for each block."""
+    """Compute a checksum of each array of base and classifier, and for stacked blocks one per block."""
     module = xlora.module
     stacks: dict[str, list[str]] = {}
     if getattr(module, "scan_layers", False):
@@ -106,7 +108,7 @@ def expert_checksums(xlora: XLora, experts: Params) -> list[str]:
     """Compute a checksum of each expert: its matrices, scales, biases and dropout rates, by adapted layer.
 
     Returns:
-        Checksums in the order of the experts. An expert's does not depend on the other experts.
+        Checksums in the order of the experts. Each is independent of the other experts.
     """
     flat = flatten(experts)
     asked = {}
@@ -143,7 +145,7 @@ def _expert_checksum(names: Sequence[str], layers: Mapping[int, Mapping[str, NDA
             continue
         digest.update(f"{names[number]} {own.size}".encode())
         digest.update(scales[own].tobytes() + layer["lora_a"][own].tobytes() + layer["lora_b"][own].tobytes())
-        # Other experts may have made room for these; without effect they count as absent.
+        # These arrays may exist only because other experts need them. If they have no effect, they count as absent.
         if "bias_scale" in layer and layer["bias_scale"][expert] != 0:
             digest.update(b"bias" + layer["bias_scale"][expert].tobytes() + layer["lora_bias"][expert].tobytes())
         if "lora_dropout" in layer and layer["lora_dropout"][expert] != 0:
@@ -155,7 +157,7 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
     """Read a stored fingerprint.
 
     Raises:
-        ValueError: the file is damaged, or lacks a part; the message names it.
+        ValueError: the file is damaged or lacks an entry; the message names it.
     """
     found = read_json_object(path, _MAX_BYTES)
     for name in ("rows", "config", "base_config", "experts", "base", "classifier", "versions"):
@@ -165,7 +167,7 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what differs between two fingerprints; versions of libraries are not among it."""
+    """Return the names of the entries that differ between two fingerprints, except library versions."""
     found = []
     if was["rows"] != now["rows"]:
         sizes = [
@@ -192,7 +194,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def versions_differ(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name the libraries whose versions differ."""
+    """Return the names of the libraries whose versions differ."""
     return [
         f"{name:.100} {was['versions'].get(name)!s:.40} there, {now['versions'].get(name)!s:.40} now"
         for name in _changed(was["versions"], now["versions"])
@@ -200,7 +202,7 @@ def versions_differ(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ, those of ``now`` first."""
+    """Return the keys whose values differ, those of ``now`` first."""
     absent = object()
     return [name for name in {**now, **was} if was.get(name, absent) != now.get(name, absent)]
 
