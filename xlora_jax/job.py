@@ -25,21 +25,21 @@ __all__ = ["Job", "run_training"]
 
 @dataclass(frozen=True)
 class Job:
-    """All that ``xlora-jax train`` takes.
+    """Inputs and settings of ``xlora-jax train``.
 
     Attributes:
         base: HF model directory or hub id, with its tokenizer.
-        adapters: expert name -> PEFT LoRA directory or hub id.
-        data: data to learn: whatever :func:`xlora_jax.training.records.read_records` reads.
-        output: directory of the run; the same job goes on where it stopped. The trained gate is in ``output/model``.
-        eval_data: held-out data by name.
-        checkpoint: trained X-LoRA to start from, in place of a new classifier.
-        xlora: settings of the new classifier, PEFT's field names.
-        length: tokens per row.
-        pack: several documents per row.
-        dtype: of base and computation; None takes the one in config.json.
-        expert_dtype: of the experts.
-        layout: of ``output/model``: ``peft``, ``xlora`` or ``mistralrs``.
+        adapters: mapping of expert names to PEFT LoRA directories or hub ids.
+        data: training data, any source of :func:`xlora_jax.training.records.read_records`.
+        output: directory of the run; the same job resumes there. The trained gate is in ``output/model``.
+        eval_data: mapping of names to held-out data.
+        checkpoint: trained X-LoRA to start from, instead of a new classifier.
+        xlora: settings of the new classifier, with PEFT's field names.
+        length: number of tokens per row.
+        pack: whether to put several documents into a row.
+        dtype: dtype of the base model and the computation; None takes the one in config.json.
+        expert_dtype: dtype of the experts.
+        layout: layout of ``output/model``: ``peft``, ``xlora`` or ``mistralrs``.
         skip_bad_records: number of bad records to leave out, of all data together; the next one is an error.
         train: settings of the run.
     """
@@ -61,23 +61,25 @@ class Job:
 
 
 def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
-    """Load, train, save: what ``xlora-jax train`` does.
+    """Load a model, train it and save it, as ``xlora-jax train`` does.
 
     Returns:
-        The result. If it is ``finished``, the trained model lies in ``job.output/model``; if not, SIGTERM came: the
-        same job goes on from its last checkpoint.
+        The result. If it is ``finished``, the trained model is in ``job.output/model``. If not, SIGTERM stopped the
+        run, and
+        the same job resumes from its last checkpoint.
 
     Raises:
-        ValueError: settings or data that can't be used, or others than those of the run in ``job.output``; the message
-            says what to change.
-        OSError: files that can't be read or written; whether the result can be is checked before training.
+        ValueError: settings or data can't be used, or differ from those of the run in ``job.output``. The message says
+            how to
+            fix it.
+        OSError: a file can't be read or written. Before training, it is checked that the result can be written.
         NonFiniteError: the loss was not finite for too many steps in a row.
     """
     from interop.checkpoint.write import check_target
     from interop.hf.tokenizer import load_codec
 
     output = Path(job.output)
-    check_target(output / "model")  # before anything takes long
+    check_target(output / "model")  # before any long work
     codec = load_codec(job.base)
 
     bad = BadRecords(job.skip_bad_records)
@@ -102,7 +104,7 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
 
 
 def _run_locked(job: Job, rows: Rows, held_out: Mapping[str, Rows], show_progress: bool) -> TrainResult:
-    """Load, train and save, within the lock of the run."""
+    """Load, train and save while holding the run's lock."""
     from interop import load_xlora, save_xlora
     from interop.model import check_save
     from xlora_jax.sharding import placer
@@ -129,7 +131,7 @@ def _run_locked(job: Job, rows: Rows, held_out: Mapping[str, Rows], show_progres
     result = trainer.run(show_progress=show_progress, locked=True)
     if result.finished and jax.process_index() == 0:
         save_xlora(result.model, output / "model", layout=job.layout)
-        # A run that was resumed with other settings, which were allowed, was finished with these.
+        # If a resumed run was allowed to change settings, these are the ones it finished with.
         replace_json(output / "job.json", _describe(job))
     return result
 

@@ -1,4 +1,4 @@
-"""How much memory there is, to refuse a request that no machine of this size can meet before it is begun."""
+"""Checks of the available memory, so that a request too large for the machine is refused before it starts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["check_fits", "in_gib"]
 
 
 def check_fits(needed: int, subject: str, advice: str) -> None:
-    """Check that so many bytes could fit into an empty machine.
+    """Check that a number of bytes would fit into the memory of an idle machine.
 
     Args:
-        needed: bytes.
-        subject: noun phrase of the thing that needs them.
-        advice: imperative: how to need less.
+        needed: number of bytes.
+        subject: noun phrase for the thing that needs them.
+        advice: imperative sentence on how to need less.
 
     Raises:
-        ValueError: they are more than all devices have together (on a CPU, than the machine has).
+        ValueError: ``needed`` exceeds the memory of all devices together (on a CPU, of the machine).
     """
     there = _total()
     if there is not None and needed > there:
@@ -26,7 +26,7 @@ def check_fits(needed: int, subject: str, advice: str) -> None:
 
 
 def in_gib(count: int) -> str:
-    """Return a number of bytes as text."""
+    """Return a number of bytes as text in GiB."""
     return f"{count / 2**30:.1f} GiB" if count < 2**60 else f"{count >> 30} GiB"
 
 

@@ -1,4 +1,4 @@
-"""The command line, ``xlora-jax``: the roof of the project, which may import both ``xlora_jax`` and ``interop``."""
+"""The command line ``xlora-jax``: the top layer of the project, which may import ``xlora_jax`` and ``interop``."""
 
 from xlora_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""``xlora-jax inspect`` for training data: what is in a file, and which tokens of it are learnt."""
+"""``xlora-jax inspect`` for training data: contents of a file, and the tokens that are learnt."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["escaped", "show_data"]
 
 _FORMS = {"messages": "messages", "conversations": "conversations", "prompt": "prompt and completion", "text": "text"}
 _EXAMPLES = 3
-# Tokens of an example that are shown of a long stretch, half of them from its end.
+# Number of tokens shown of a long stretch in an example, half of them from its end.
 _SHOWN = 120
 _OPEN, _CLOSE = "⟦", "⟧"
 
 
 def show_data(console: Console, path: str, base: str | None, length: int) -> bool:
-    """Show what a data file holds, what is learnt of it, and three examples.
+    """Show the contents of a data file, the tokens that are learnt, and three examples.
 
     Args:
-        console: to print on.
-        path: the data, as ``train`` takes it.
-        base: base model, for its tokenizer.
-        length: tokens per row.
+        console: console to print on.
+        path: data as in ``train``.
+        base: directory or hub id of the base model, for its tokenizer.
+        length: number of tokens per row.
 
     Returns:
-        Whether ``train`` would take the data.
+        Whether ``train`` would accept the data.
     """
     from interop.hf.tokenizer import load_codec
 
@@ -98,7 +98,7 @@ def _facts(documents: Sequence[Document], length: int) -> Iterator[tuple[str, st
 
 
 def _marked(document: Document, decode: Callable[[Sequence[int]], str], *, plain: bool) -> Text:
-    """Return a document's text, its learnt tokens marked by a style or by brackets."""
+    """Return a document's text, with learnt tokens marked by a style or by brackets."""
     text = Text()
     start = 0
     for learnt, group in groupby(document.learnt.tolist()):
@@ -117,9 +117,9 @@ def _marked(document: Document, decode: Callable[[Sequence[int]], str], *, plain
 
 
 def escaped(text: str) -> str:
-    r"""Return text that is safe to print: control and format characters, and the marks, as ``\x1b`` or ``\u27e6``.
+    r"""Return text with control characters, format characters and the marks as escapes: ``\x1b`` or ``\u27e6``.
 
-    A line feed is written as ``\n``, and also ends the line.
+    A line feed becomes a visible ``\n`` and a line break.
     """
     return "".join(_escape(character) for character in text)
 

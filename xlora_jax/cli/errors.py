@@ -1,4 +1,4 @@
-"""The end of every command: whatever goes wrong becomes one line on standard error and an exit code."""
+"""Error handling of every command: an error becomes one line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xlora_jax.cli.terminal import say
 __all__ = ["EXIT_CODES", "in_one_line"]
 
 _TRACEBACK = "XLORA_JAX_TRACEBACK"
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 EXIT_CODES = (
     "Exit codes: 0, done (also a training that SIGTERM stopped: it is saved, and the same command goes on); 1, an "
@@ -24,14 +24,15 @@ EXIT_CODES = (
     "interrupted. "
     f"With {_TRACEBACK}=1 an error shows its traceback too."
 )
-# Their messages are written for users. Of others the type tells more than the message.
+# The messages of these errors are written for users. For other errors the type is shown too.
 _EXPLAINED = (ValueError, OSError, TypeError, ImportError, NotImplementedError, ArithmeticError, MemoryError)
 
 
 def in_one_line(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator for the function of a command.
+    """Return a decorator for the function of a command, which reports errors in one line.
 
-    Errors end it with exit code 1 and a line ``xlora-jax COMMAND: error: ...``; an interrupt ends it with 130.
+    An error ends the command with exit code 1 and a line ``xlora-jax COMMAND: error: ...``; an interrupt ends it with
+    130.
 
     Args:
         command: name of the command.
@@ -42,7 +43,7 @@ def in_one_line(command: str) -> Callable[[Callable[..., None]], Callable[..., N
         def run(*arguments: Any, **options: Any) -> None:
             shown = bool(os.environ.get(_TRACEBACK))
             if not shown:
-                # orbax logs a traceback of every thread that an error passes through.
+                # orbax logs a traceback for every thread that an error passes through.
                 logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
             try:
                 function(*arguments, **options)

@@ -1,4 +1,4 @@
-"""``xlora-jax export``: a trained X-LoRA from one layout to another."""
+"""``xlora-jax export``: convert a trained X-LoRA from one layout to another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 
 class Layout(enum.StrEnum):
-    """Of the directory that is written."""
+    """Layout of the written directory."""
 
     peft = "peft"
     xlora = "xlora"
@@ -35,8 +35,8 @@ def command(
 ) -> None:
     """Write a trained X-LoRA with its experts to one directory, in the layout of the target program.
 
-    Weights are written as they are stored, bit for bit. The base's weights are not read. A setting that the layout
-    can't express is refused, and nothing is written.
+    Weights are copied bit for bit. The base model's weights are not read. If the layout can't express a setting, the
+    command fails and nothing is written.
     """
     from interop import save_xlora
     from interop.checkpoint.read import read_xlora
@@ -45,7 +45,7 @@ def command(
 
     adapters = named_paths(adapter, "--adapter")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading says it again
+        warnings.simplefilter("ignore")  # loading repeats these warnings
         stored = read_xlora(resolve(checkpoint)).classifier[0][0].dtype
     dtype = stored if stored.itemsize < 8 else "float32"
     with working(f"writing {output}", quiet=quiet), warnings.catch_warnings(record=True) as caught:

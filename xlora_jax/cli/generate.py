@@ -1,4 +1,4 @@
-"""``xlora-jax generate``: text from a prompt, or from a file of prompts."""
+"""``xlora-jax generate``: generate text from a prompt, or from a file of prompts."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def command(
     ] = "{}",
     quiet: Quiet = False,
 ) -> None:
-    """Generate text with an X-LoRA model, or with its base alone.
+    """Generate text with an X-LoRA model, or with its base model alone.
 
-    What is not given on the command line is as the model's generation_config.json has it.
+    Defaults come from the model's generation_config.json.
     """
-    # Imported here: `--help` answers at once.
+    # Imported here so that `--help` answers at once.
     from interop import load_base, load_xlora
     from interop.hf.auto import load_tokenizer, warn_of_added_tokens
     from interop.hf.generation_config import load_generation_config
@@ -109,7 +109,7 @@ def command(
     if adapters and checkpoint is None:
         raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
     with working(f"loading {base}", quiet=quiet):
-        # Blocks side by side: slower to compile than stacked ones, and faster from the first tokens on.
+        # Separate blocks compile more slowly than stacked ones, but generate faster.
         model: Any = (
             load_base(base, dtype=dtype, scan_layers=False)
             if checkpoint is None
@@ -147,7 +147,7 @@ def _read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:
         content = prompts.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts}: expected UTF-8 ({error}); convert the file") from error
-    # Only a newline ends a prompt: form feeds and U+2028, where `splitlines` cuts too, are text.
+    # Only a newline ends a prompt. `splitlines` would also split at form feeds and U+2028, which are text.
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{prompts}: no prompts; expected one a line")
@@ -170,7 +170,7 @@ def _json_string(line: str, where: str) -> str:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | None) -> tuple[Any, Any]:
-    """Token ids and mask, int32 ``[B, T]``, padded on the left."""
+    """Return token ids and mask, int32 ``[B, T]``, padded on the left."""
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
     from interop.hf.auto import encode_text
@@ -188,7 +188,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | N
             if isinstance(text, Exception):
                 raise text
         texts = [str(text) for text in written]
-    # A template writes the special tokens itself.
+    # The chat template adds the special tokens itself.
     encoded = [encode_text(tokenizer, text, add_special_tokens=not chat) for text in texts]
     width = max(map(len, encoded))
     ids, mask = np.zeros((2, len(encoded), width), np.int32)
@@ -201,7 +201,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | N
 
 
 def _before_end(tokens: list[int], eos: Sequence[int]) -> list[int]:
-    """The tokens up to the first end of sequence."""
+    """Return the tokens before the first end-of-sequence token."""
     return tokens[: next((place for place, token in enumerate(tokens) if token in eos), len(tokens))]
 
 

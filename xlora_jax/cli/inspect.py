@@ -1,4 +1,4 @@
-"""``xlora-jax inspect``: what a directory or a data file is, and whether it would be loaded."""
+"""``xlora-jax inspect``: describe a directory or a data file, and tell whether it would load."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def command(
     length: Annotated[int, typer.Option(help="Tokens per row, for training data.")] = 1024,
     quiet: Quiet = False,
 ) -> None:
-    """Say what each path is, what is in it, and what would be refused and why.
+    """Describe each path: its kind, its contents, and anything that would be refused, with the reason.
 
-    Weights of base models are not read, only what their files say of them. Of training data it shows the records, the
-    share of learnt tokens, what is cut or dropped at a row length, and examples with the learnt tokens marked. The exit
-    code is 1 if anything would be refused.
+    Weights of base models are not read, only their descriptions in the files. For training data, the command shows the
+    records, the share of learnt tokens, the documents cut or dropped at a row length, and examples with the learnt
+    tokens marked. The exit code is 1 if anything would be refused.
     """
     from rich.console import Console
     from rich.table import Table

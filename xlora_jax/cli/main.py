@@ -1,4 +1,4 @@
-"""``xlora-jax``: one subcommand a file of this folder."""
+"""``xlora-jax``, with one subcommand per file of this folder."""
 
 from __future__ import annotations
 

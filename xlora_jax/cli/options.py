@@ -1,4 +1,4 @@
-"""Options that several commands share, and the values that they take."""
+"""Options that several commands share, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 
 
 def named_paths(entries: Sequence[str] | None, option: str) -> dict[str, str]:
-    """Return the paths of NAME=PATH entries by name, in the order of ``entries``.
+    """Return a mapping of names to paths from NAME=PATH entries, in their order.
 
     Raises:
-        ValueError: an entry of another form, or a name given twice.
+        ValueError: an entry has another form, or a name is given twice.
     """
     paths: dict[str, str] = {}
     for entry in entries or ():
@@ -42,10 +42,10 @@ def named_paths(entries: Sequence[str] | None, option: str) -> dict[str, str]:
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:
-    """Return the JSON object that an option holds.
+    """Return the JSON object in the text of an option.
 
     Raises:
-        ValueError: text that is no JSON object.
+        ValueError: the text is not a JSON object.
     """
     try:
         values = json.loads(text)
@@ -60,16 +60,16 @@ _FLOAT = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Read a file of settings: YAML, or JSON, which is YAML too.
+    """Read a settings file: YAML, or JSON, which is YAML too.
 
     Raises:
-        ValueError: not a mapping of names to values.
+        ValueError: the file is not a mapping of names to values.
         OSError: the file can't be read.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: version 1.1, which PyYAML follows, takes `1e-3` for text."""
+        """Loader that reads numbers as YAML 1.2. PyYAML follows YAML 1.1, in which `1e-3` is text."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
     try:

@@ -1,4 +1,4 @@
-"""Progress of long work, on standard error where that is a terminal."""
+"""Progress of long work, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @contextmanager
 def working(message: str, *, quiet: bool) -> Iterator[None]:
-    """Show a spinner with a message during the block; with ``quiet`` no notes are shown either."""
+    """Show a spinner with a message during the block; ``quiet`` hides the spinner and all notes."""
     if quiet:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -34,6 +34,6 @@ def working(message: str, *, quiet: bool) -> Iterator[None]:
 
 
 def tracked(items: Iterable[T], message: str, *, total: int, quiet: bool) -> Iterable[T]:
-    """Return the items behind a progress bar."""
+    """Iterate over the items with a progress bar."""
     console = Console(stderr=True)
     return track(items, visible(message), total, console=console, disable=quiet or not console.is_terminal)

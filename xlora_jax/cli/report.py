@@ -1,4 +1,4 @@
-"""``xlora-jax report``: what a trained gate does with texts, as a table, as JSON and as a picture."""
+"""``xlora-jax report``: show a trained gate's routing of texts, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Directory for report.json and report.png.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Tell for each text what the experts are worth, and which of them the gate takes, layer by layer.
+    """Report for each text the experts' effect on the loss, and the gate's choice of experts by layer.
 
-    Losses are in nats per token. An expert's share is its mean gate; "decided" is 1 where one expert has all, and 0
-    where all have the same.
+    Losses are in nats per token. An expert's share is its mean gate. "decided" is 1 if one expert has the whole weight,
+    and 0 if all experts have the same weight.
     """
     from interop import load_xlora
     from interop.hf.tokenizer import load_codec
@@ -75,7 +75,7 @@ def command(
 def _routing_of(
     step: Callable[[Any], Any], arrays: Mapping[str, Any], rows: int, batch_size: int, name: str, quiet: bool
 ) -> Any:
-    """Return the means over a text, as NumPy arrays."""
+    """Return the means over a text as NumPy arrays."""
     import jax
     import numpy as np
 
@@ -89,7 +89,7 @@ def _routing_of(
         batch = {}
         for field, array in arrays.items():
             part = array[start : min(start + batch_size, count)]
-            # One compiled shape: rows in which nothing is predicted fill the last batch.
+            # The last batch is filled up with rows that predict nothing, so there is only one shape to compile.
             fill = IGNORED_LABEL if field == "labels" else 0
             batch[field] = np.pad(part, ((0, batch_size - len(part)), (0, 0)), constant_values=fill)
         part = step(batch)
@@ -99,7 +99,7 @@ def _routing_of(
 
 
 def _decided(routing: Any) -> Any:
-    """``[L]``: how far the gates are from taking all experts the same."""
+    """Return ``[L]``: 0 if all gates are equal, 1 if one expert has the whole weight."""
     import numpy as np
 
     count = routing.gates.shape[-1]
@@ -124,7 +124,7 @@ def _print(experts: Sequence[str], found: Mapping[str, Any]) -> None:
 
 
 def _write(output: Path, model: Any, found: Mapping[str, Any]) -> None:
-    """Write both files."""
+    """Write report.json and report.png."""
     experts = list(model.expert_names)
     layers = list(model.layer_names) if model.config.layerwise_scalings else ["all layers"]
     report = {
@@ -150,7 +150,7 @@ def _write(output: Path, model: Any, found: Mapping[str, Any]) -> None:
 
 
 def _draw(file: IO[bytes], experts: Sequence[str], layers: Sequence[str], found: Mapping[str, Any]) -> None:
-    """For each text the mean gate of each expert at each layer, from none (light) to all (dark)."""
+    """Draw, for each text, the mean gate of each expert at each layer, from none (light) to all (dark)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,7 +169,7 @@ def _draw(file: IO[bytes], experts: Sequence[str], layers: Sequence[str], found:
     for panel, (name, routing) in zip(panels[0], found.items(), strict=True):
         image = panel.imshow(routing.gates, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
         title = f"{visible(name)}\n{routing.base_loss:.2f} to {routing.loss:.2f}"
-        panel.set_title(title, fontsize=9, parse_math=False)  # a name with dollar signs is no formula
+        panel.set_title(title, fontsize=9, parse_math=False)  # a name with dollar signs is not a formula
         panel.set_xticks(range(len(experts)), [*map(visible, experts)], rotation=90, fontsize=8, parse_math=False)
         panel.tick_params(length=0)
     if len(layers) > 24:

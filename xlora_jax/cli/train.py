@@ -88,9 +88,10 @@ def command(
 ) -> None:
     """Train the gate of an X-LoRA model (and its experts with --xlora '{"use_trainable_adapters": true}').
 
-    A record is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}; of the first two the
-    answers alone are learned. "xlora-jax inspect DATA --base BASE" shows what is learned of a file. The trained gate is
-    written to OUTPUT/model in PEFT's layout, the settings of the run to OUTPUT/job.json.
+    A record is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}. In the first two, only
+    the answers are learned. "xlora-jax inspect DATA --base BASE" marks the learned tokens of a file. The trained gate
+    is
+    written to OUTPUT/model in PEFT's layout, and the settings of the run to OUTPUT/job.json.
     """
     if distributed:
         jax.distributed.initialize()
@@ -146,7 +147,7 @@ def command(
 
 
 def _job(given: Mapping[str, Any], run: Mapping[str, Any], config: Path | None) -> Job:
-    """Return the job of a settings file and options, of which the options win."""
+    """Return the job from a settings file and options; options take precedence."""
     read = {} if config is None else read_settings_file(config)
     if unknown := sorted(read.keys() - _JOB_FIELDS):
         raise ValueError(
@@ -160,7 +161,7 @@ def _job(given: Mapping[str, Any], run: Mapping[str, Any], config: Path | None) 
         raise ValueError(
             f"unknown settings of a run: {', '.join(map(repr, unknown))}; expected {', '.join(sorted(_RUN_FIELDS))}"
         )
-    # 0 stands for no clipping, which JSON and YAML write as null.
+    # On the command line 0 means no clipping, which is null in JSON and YAML.
     fields["max_grad_norm"] = fields.get("max_grad_norm", TrainConfig.max_grad_norm) or None
     values = {**read, **{name: value for name, value in given.items() if value is not None}}
     for name in ("base", "adapters", "data", "output"):

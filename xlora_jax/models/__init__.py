@@ -1,4 +1,4 @@
-"""Base models in Flax: they know nothing of gating, and mix experts wherever they are given any."""
+"""Base models in Flax. They are independent of gating, and mix experts in every layer that is given some."""
 
 from xlora_jax.models.cache import Cache, KVCache, PairedCache, Place
 from xlora_jax.models.config import DecoderConfig, RoutedMLP

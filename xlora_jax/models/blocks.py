@@ -1,4 +1,4 @@
-"""The blocks of transformers: norm, attention, feed-forward layer, put together as a declaration says.
+"""Transformer blocks: norm, attention and feed-forward layer, combined as a config declares.
 
 Axes, used in every comment, docstring and einsum:
 
@@ -26,15 +26,15 @@ from xlora_jax.models.rope import apply_rope
 
 __all__ = ["MLP", "Attention", "Block", "BlockContext", "LayerFlags", "Norm", "RoutedBlock", "attend"]
 
-# Finite, so that a query that sees nothing has a softmax, and a gradient, without NaN.
+# Finite, so that softmax and gradient have no NaN if a query sees no key.
 _LOWEST = float(np.finfo(np.float32).min)
-# Queries per row, up to which attention is computed here and not by JAX.
+# Largest number of queries per row for which attention is computed here instead of by JAX.
 _FEW = 16
 
 
 @struct.dataclass
 class BlockContext:
-    """What all blocks of one call share: rotary cosine and sine, which slots each query sees, where to write."""
+    """Inputs shared by all blocks of one call: rotary cosine and sine, attention masks, cache positions."""
 
     rotary: tuple[jax.Array, jax.Array] | None
     sliding_rotary: tuple[jax.Array, jax.Array] | None
@@ -46,7 +46,7 @@ class BlockContext:
 
 @struct.dataclass
 class LayerFlags:
-    """What is of one block alone. Under scan these are traced: blocks of all kinds are one compiled body."""
+    """Per-block flags. Under scan these are traced, so blocks of all kinds share one compiled body."""
 
     index: Any
     sliding: Any
@@ -57,11 +57,11 @@ class Norm(nn.Module):
     """Norm over the last axis, computed in float32.
 
     Attributes:
-        kind: a key of :data:`NORMS`.
-        eps: added to the mean square or the variance.
-        dtype: of the result.
-        param_dtype: of the parameters at initialisation.
-        heads: size of the axis before the last, each of whose members has a scale of its own; None for one scale.
+        kind: key of :data:`NORMS`.
+        eps: number added to the mean square or the variance.
+        dtype: dtype of the result.
+        param_dtype: dtype of the parameters at initialization.
+        heads: size of the second-to-last axis, if each of its members has a scale of its own; None for one scale.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise ``x [..., D]`` over its last axis."""
+        """Normalize ``x [..., D]`` over its last axis."""
         kind = NORMS[self.kind]
         y = x.astype(jnp.float32)
         if kind.centred:
@@ -101,22 +101,22 @@ def attend(
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Softmax attention.
+    """Compute softmax attention.
 
     Args:
         q: ``[B, T, H, C]``.
         k: ``[B, K, C, S]``.
         v: ``[B, K, S, C]``.
         mask: bool ``[B or 1, 1, T, S]``, or None for causal.
-        scale: multiplies queries times keys.
+        scale: factor of queries times keys.
         softcap: c in ``c tanh(. / c)`` of the scaled products, or None.
-        implementation: that of ``jax.nn.dot_product_attention``; it has no soft cap.
+        implementation: argument of ``jax.nn.dot_product_attention``, which has no soft cap.
 
     Returns:
         ``[B, T, H, C]``.
     """
-    # JAX's own has no soft cap, and in float16 it asks for a kind of product that CPUs do not have. For few queries, as
-    # in decoding, it is up to three times slower on a CPU: it makes XLA transpose all keys.
+    # JAX's own attention has no soft cap, and in float16 it needs a kind of product that CPUs do not have. For few
+    # queries, as in decoding, it makes XLA transpose all keys, which is up to three times slower on a CPU.
     few = q.shape[1] <= _FEW and mask is not None and implementation is None
     if softcap is None and not few and (q.dtype != jnp.float16 or implementation == "cudnn"):
         k, v = jnp.moveaxis(k, -1, 1), v.swapaxes(1, 2)
@@ -125,7 +125,7 @@ def attend(
         )
     batch, length, heads, width = q.shape
     shared, slots = v.shape[1:3]
-    # The queries that share a key-value head are rows of one product.
+    # Queries that share a key-value head are rows of one product.
     rows = q.reshape(batch, length, shared, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, width)
     logits = products.by_head(rows, k) * scale
     if softcap is not None:
@@ -139,7 +139,7 @@ def attend(
 
 
 class _Part(nn.Module):
-    """What the parts of a block have in common."""
+    """Base class of the parts of a block."""
 
     config: DecoderConfig
     dtype: jax.typing.DTypeLike
@@ -161,7 +161,7 @@ class Attention(_Part):
     def __call__(
         self, x: jax.Array, cache: Cache | None, context: BlockContext, layer: LayerFlags
     ) -> tuple[jax.Array, Cache | None]:
-        """Attend from ``x [B, T, D]`` to itself, or to the cache that it is written to first."""
+        """Attend from ``x [B, T, D]`` to itself, or write it to the cache and attend to that."""
         cfg = self.config
         q, k, v = self._heads(x)
         if cfg.rope is not None:
@@ -189,13 +189,13 @@ class Attention(_Part):
         else:
             y = attention(q, jnp.moveaxis(k, 1, -1), v.swapaxes(1, 2), mask)
             if mask is not None:
-                # Padding can leave a query nothing to attend to. Its result is zero then, as torch's SDPA has it.
+                # Padding can leave a query without keys. Its result is then zero, as in torch's SDPA.
                 y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, jnp.zeros_like(y))
         y = y.reshape(*y.shape[:-2], -1)
         return self.dense(cfg.hidden_size, "o_proj", cfg.o_bias)(y), cache
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries ``[B, T, H, C]``, keys and values ``[B, T, K, C]``, normed but not rotated."""
+        """Return queries ``[B, T, H, C]``, keys and values ``[B, T, K, C]``, normed but not rotated."""
         cfg = self.config
         counts = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
         if cfg.qkv == "separate":
@@ -242,7 +242,7 @@ class MLP(_Part):
 
 
 class _StackedDense(nn.Module):
-    """E matrices side by side: each row of the input goes through one of them."""
+    """A stack of E matrices, of which each input row is multiplied by one."""
 
     num_experts: int
     features: int
@@ -251,7 +251,7 @@ class _StackedDense(nn.Module):
 
     @nn.compact
     def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Map ``rows [M, in]``, sorted by expert, to ``[M, features]``; ``sizes [E]`` is how many each expert has."""
+        """Map ``rows [M, in]``, sorted by expert, to ``[M, features]``; ``sizes [E]`` counts each expert's rows."""
         init = nn.initializers.lecun_normal(batch_axis=0)
         shape = (self.num_experts, rows.shape[-1], self.features)
         kernel = self.param("kernel", init, shape, self.param_dtype)
@@ -293,7 +293,7 @@ class RoutedBlock(_Part):
         weights, chosen = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), routed.top_k)
         if routed.renormalise:
             weights = weights / weights.sum(axis=-1, keepdims=True)
-        # Each token stands top_k times, and copies are sorted so that an expert's rows lie together.
+        # Each token has top_k copies, which are sorted so that an expert's rows are contiguous.
         order = jnp.argsort(chosen.reshape(-1))
         token = order // routed.top_k
         sizes = jnp.bincount(chosen.reshape(-1), length=routed.num_experts)
@@ -317,7 +317,7 @@ class Block(_Part):
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], context: BlockContext, layer: LayerFlags
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """Map the residual stream ``[B, T, D]`` and the cache; the form is that of ``nn.scan``."""
+        """Map the residual stream ``[B, T, D]`` and the cache; the signature is that of ``nn.scan``."""
         cfg = self.config
         x, cache = carry
         part = (cfg, self.dtype, self.param_dtype)

@@ -2,13 +2,13 @@
 
 Axes: B batch, T tokens of this call, S slots, H query heads, K key-value heads, C features per head, L blocks.
 
-A row's token at position p stands in slot p. Where a layer slides and its window is shorter than the sequence, it keeps
-a ring instead: slot ``p % S``, with S the window and a chunk of tokens, so that memory does not grow with the sequence.
-Memory per token, row and pass of a layer that does not slide: ``2 * K * C`` times the bytes of the cache's dtype.
+A row's token at position p is in slot p. A sliding-window layer whose window is shorter than the sequence keeps a ring
+instead: slot ``p % S``, with S the window plus a chunk of tokens. So its memory does not grow with the sequence.
+Memory per token, row and pass of any other layer is ``2 * K * C`` times the bytes of the cache's dtype.
 
-The axes stand in the order of attention's products, for each head: rows of queries ``[R, C]`` times keys ``[C, S]``,
-rows of weights ``[R, S]`` times values ``[S, C]``. In any other order XLA copies both caches: at every step on CPUs,
-into and out of every compiled loop on GPUs. On TPUs it copies keys unless they lie as values do, ``[S, C]``
+The axes are in the order of attention's products for each head: queries ``[R, C]`` times keys ``[C, S]``, weights
+``[R, S]`` times values ``[S, C]``. With any other order XLA copies both caches: at every step on CPUs, into and out of
+every compiled loop on GPUs. On TPUs it copies keys unless they have the layout of the values, ``[S, C]``
 (benchmarks/compile_ahead.py shows copies).
 """
 
@@ -26,33 +26,33 @@ from xlora_jax.backend import target_backend
 
 __all__ = ["Cache", "KVCache", "PairedCache", "Place"]
 
-# From queries [B, T, H, C], keys [B, K, C, S], values [B, K, S, C] and a mask [B or 1, 1, T, S] to [B, T, H, C].
+# Function of queries [B, T, H, C], keys [B, K, C, S], values [B, K, S, C], mask [B or 1, 1, T, S] to [B, T, H, C].
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 @struct.dataclass
 class Place:
-    """Where the tokens of a call belong.
+    """Positions of a call's tokens.
 
     Attributes:
         start: int ``[B]``, position of each row's first token.
-        last: int ``[B]``, position of its last true token: those behind it are padding, and ``last`` may lie before
-            ``start``. What padding leaves in a cache is never seen, and overwritten later.
+        last: int ``[B]``, position of each row's last real token; later tokens are padding. It may be below ``start``.
+            Cache entries of padding are never seen, and are overwritten later.
     """
 
     start: jax.Array
     last: jax.Array
 
     def positions(self, length: int) -> jax.Array:
-        """Positions ``[B, T]`` of a call of T = ``length`` tokens; padding takes that of the last true one.
+        """Return positions ``[B, T]`` of a call of T = ``length`` tokens; padding gets the last real token's position.
 
-        So it does not count as context where the longest position matters (``longrope``).
+        So padding does not count as context if the largest position matters (``longrope``).
         """
         return jnp.minimum(self.start[:, None] + jnp.arange(length), self.last[:, None])
 
 
 class Cache(Protocol):
-    """What a decoder needs of a cache."""
+    """Interface of a cache, as a decoder uses it."""
 
     def attend(
         self,
@@ -64,7 +64,7 @@ class Cache(Protocol):
         place: Place,
         attention: Attention,
     ) -> tuple[Any, jax.Array]:
-        """Write ``k`` and ``v [B, T, K, C]`` of one layer, then attend from ``q [B, T, H, C]`` to all it holds.
+        """Write ``k`` and ``v [B, T, K, C]`` of one layer, then attend from ``q [B, T, H, C]`` to the whole cache.
 
         Returns:
             The new cache, and ``[B, T, H, C]``.
@@ -72,9 +72,9 @@ class Cache(Protocol):
         ...
 
     def positions(self, place: Place, *, sliding: bool) -> jax.Array:
-        """Position ``[B or 1, S]`` of what stands in each slot of the layers that slide, or of those that do not.
+        """Return the position ``[B or 1, S]`` of the token in each slot of the sliding layers, or of the others.
 
-        Negative where nothing does.
+        It is negative for an empty slot.
         """
         ...
 
@@ -84,10 +84,11 @@ class KVCache:
     """Keys and values of one pass.
 
     Attributes:
-        k: ``[L, B, K, C, S]`` for scanned blocks, else a tuple of L arrays ``[B, K, C, S]``; on TPUs as ``v``.
+        k: ``[L, B, K, C, S]`` for scanned blocks, else a tuple of L arrays ``[B, K, C, S]``; on TPUs in the layout of
+            ``v``.
         v: ``[L, B, K, S, C]`` or ``[B, K, S, C]``.
-        rings: for each block, whether its slots are a ring.
-        keys_as_rows: whether keys lie as values do.
+        rings: tuple with, for each block, whether its slots are a ring.
+        keys_as_rows: whether keys share the values' layout.
     """
 
     k: Any
@@ -110,11 +111,11 @@ class KVCache:
 
         Args:
             shape: ``(B, K, S, C)``.
-            dtype: of keys and values.
+            dtype: dtype of keys and values.
             num_layers: L.
-            stacked: whether blocks are scanned. Stacked layers are alike: rings are used if all slide.
-            sliding: for each block, whether it slides; empty if none does.
-            ring: slots that suffice for a block that slides; None for no rings.
+            stacked: whether blocks are scanned. Stacked layers have equal shapes, so rings are used only if all slide.
+            sliding: tuple with, for each block, whether it slides; empty if none does.
+            ring: number of slots that a sliding block needs; None for no rings.
         """
         batch, heads, capacity, width = shape
         as_rows = target_backend() == "tpu"
@@ -135,7 +136,7 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of a row's slot in all layers that do not keep a ring."""
+        """Return the bytes of one slot of a row, summed over the layers without a ring."""
         if not isinstance(self.k, tuple):
             return 0 if self.rings[0] else 2 * self.v.nbytes // (self.v.shape[1] * self.v.shape[-2])
         sizes = zip(self.v, self.rings, strict=True)
@@ -176,15 +177,15 @@ class KVCache:
         slots = jnp.arange(v.shape[-2])
         if not ring:
             return slots[None]
-        # The latest position that falls into each slot.
+        # The latest position that maps to each slot.
         return place.last[:, None] - (place.last[:, None] - slots) % len(slots)
 
 
 @struct.dataclass
 class PairedCache:
-    """The caches of two passes that run as one batch: its first half is the scaling pass, its second the real one.
+    """Caches of two passes that run as one batch: the first half is the scaling pass, the second the real pass.
 
-    Both have the same shapes. Each half of the batch attends to its own cache, and neither is copied.
+    Both caches have the same shapes. Each half of the batch attends to its own cache, and neither cache is copied.
     """
 
     scaling: KVCache
@@ -223,11 +224,11 @@ def _write(
 
     Args:
         slots: keys or values, ``[B, K, ...]``, or with a leading axis of layers.
-        new: of the tokens of this call.
-        place: where they belong.
-        ring: whether the slots are one.
-        axis: that of S, -1 or -2.
-        layer: which of the stacked layers; None where they are not.
+        new: keys or values of this call's tokens.
+        place: positions of this call's tokens.
+        ring: whether the slots are a ring.
+        axis: axis of S, -1 or -2.
+        layer: index of the layer in a stack; None without a stack.
     """
     batch, length, heads, _ = new.shape
     new = jnp.moveaxis(new.astype(slots.dtype), 1, axis)
@@ -239,10 +240,10 @@ def _write(
         return lax.dynamic_update_slice(slots, new[None], [layer, *begin])
     columns = place.start[:, None] + jnp.arange(length)
     if ring:
-        # Padding would overwrite what is still seen: it is dropped, by a slot that does not exist.
+        # Padding would overwrite visible entries. A slot index out of range drops it.
         size = slots.shape[axis]
         columns = jnp.where(columns <= place.last[:, None], columns % size, size)
-    # One index per row, head and slot, in the order of the axes: what is written lies where it will lie.
+    # One index per row, head and slot, in the order of the axes, so the update needs no transposed layout.
     rows, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
     index: tuple[Any, ...] = (rows, head, columns[:, None])
     if axis == -1:

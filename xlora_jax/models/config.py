@@ -1,4 +1,4 @@
-"""What families of transformers declare of themselves: the differences between them, as data.
+"""Config classes that declare the differences between transformer families, as data.
 
 Axes as in :mod:`xlora_jax.models.blocks`.
 """
@@ -29,14 +29,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class NormKind:
-    """How a norm goes about it.
+    """A norm variant.
 
     Attributes:
-        centred: subtract the mean (arXiv 1607.06450); else a root mean square norm (arXiv 1910.07467).
+        centred: whether it subtracts the mean (arXiv 1607.06450); else it is a root mean square norm (arXiv
+            1910.07467).
         scaled: whether it has a scale.
-        biased: whether it has a bias too.
-        offset: added to the stored scale.
-        rounds_first: round to the computation's dtype before the scale is applied, as Llama's does.
+        biased: whether it has a bias.
+        offset: number added to the stored scale.
+        rounds_first: whether it rounds to the compute dtype before it applies the scale, as Llama's does.
     """
 
     centred: bool = False
@@ -58,13 +59,13 @@ NORMS = {
 
 @dataclass(frozen=True)
 class RoutedMLP:
-    """A feed-forward layer of many, of which a router picks a few for each token (mixture of experts of the base).
+    """The base's own mixture of experts: a router picks a few feed-forward layers for each token.
 
     Attributes:
-        num_experts: E, how many there are.
-        top_k: how many see a token.
-        intermediate_size: F of each.
-        renormalise: whether the weights of those picked are made to sum to one.
+        num_experts: E.
+        top_k: number of experts per token.
+        intermediate_size: F of each expert.
+        renormalise: whether the weights of the picked experts are scaled to sum to one.
     """
 
     num_experts: int
@@ -73,14 +74,14 @@ class RoutedMLP:
     renormalise: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Validate the fields."""
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"routed top_k: expected 1..{self.num_experts}, got {self.top_k}")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What a family declares of itself. Each field is one difference between families, apart from all others.
+    """Declaration of a decoder family. Each field is one independent difference between families.
 
     Attributes:
         vocab_size: V.
@@ -91,50 +92,56 @@ class DecoderConfig:
         num_kv_heads: K, a divisor of H.
         head_dim: C; H * C need not be D.
         rope: rotary embedding of queries and keys; None for none.
-        sliding_rope: that of the blocks that slide, if it is another (Gemma 3).
-        no_rope: for each block, whether it does without (SmolLM3); empty if none does.
-        learned_positions: rows of a learned table of positions that is added to the embedding; None for no table.
+        sliding_rope: rotary embedding of the sliding blocks, if different (Gemma 3).
+        no_rope: tuple with, for each block, whether it has no rotary embedding (SmolLM3); empty if all have one.
+        learned_positions: number of rows in a learned position table, which is added to the embedding; None for no
+            table.
         position_offset: row of position 0 in that table (OPT: 2).
-        positions_from_mask: whether positions count tokens only, so that padding on the left shifts nothing (OPT).
-        qkv: ``separate`` projections of query, key and value; ``fused`` side by side in one (Phi-3, GPT-2); or
-            ``interleaved`` in one, head by head (GPT-NeoX).
+        positions_from_mask: whether positions skip padding, so that padding on the left shifts nothing (OPT).
+        qkv: layout of the query, key and value projections: ``separate``; ``fused``, side by side in one (Phi-3,
+            GPT-2); or
+            ``interleaved``, head by head in one (GPT-NeoX).
         qk_norm: norm of queries and keys before rotation: None; per ``head``, with one scale for all (Qwen3);
             ``each_head``, a layer norm without bias that has a scale for each head (StableLM); or over all heads,
             ``whole`` (OLMo 2).
-        attention_scale: multiplies queries times keys; None means 1 / sqrt(C).
-        attention_scale_by_depth: divide it by the number of the block, counted from 1 (GPT-2's option).
+        attention_scale: factor of queries times keys; None means 1 / sqrt(C).
+        attention_scale_by_depth: whether to divide the scale by the block's number, counted from 1 (GPT-2's option).
         attention_softcap: c in ``c tanh(. / c)`` of the attention logits; None for none (Gemma 2).
-        window: tokens that a sliding-window layer sees, itself included; None where no layer slides.
-        sliding: for each block, whether it slides.
-        mlp: ``gated``, ``fused_gated`` (gate and up in one projection) or ``plain`` (no gate).
-        activation: a key of :data:`ACTIVATIONS`.
-        routed: the mixture of experts in place of an MLP; None for none.
-        routed_layers: for each block, whether it has that; empty if all do.
-        norm: a key of :data:`NORMS`.
-        norm_eps: added to the mean square or the variance.
-        norm_placement: ``before`` attention and MLP; ``after`` each, before their output is added (OLMo 2); ``around``,
-            both (Gemma 2); or on the ``sum`` (OPT's 350m).
-        parallel: ``shared``: attention and MLP see the same normed input (Phi); ``own``: each its own norm of the same
-            stream (GPT-NeoX); None: one after the other.
-        first_norm: whether a norm precedes the attention of the first block too (not in ModernBERT, which norms the
-            embedding).
+        window: number of tokens that a token of a sliding-window layer sees, itself included; None if no layer slides.
+        sliding: tuple with, for each block, whether it slides.
+        mlp: kind of MLP: ``gated``, ``fused_gated`` (gate and up in one projection) or ``plain`` (no gate).
+        activation: key of :data:`ACTIVATIONS`.
+        routed: mixture of experts that replaces the MLP; None for none.
+        routed_layers: tuple with, for each block, whether it has the mixture of experts; empty if all have it.
+        norm: key of :data:`NORMS`.
+        norm_eps: number added to the mean square or the variance.
+        norm_placement: place of the norms: ``before`` attention and MLP; ``after`` each, before their output is added
+            (OLMo 2); ``around``, both (Gemma 2); or on the ``sum`` (OPT's 350m).
+        parallel: input of parallel attention and MLP. ``shared``: both see the same normed input (Phi). ``own``: each
+            has its
+            own norm of the same stream (GPT-NeoX). None: they are not parallel.
+        first_norm: whether a norm precedes the attention of the first block too. ModernBERT has none there, because it
+            norms
+            the embedding.
         final_norm: whether a norm follows the last block.
         qkv_bias: whether query, key and value projections have a bias.
-        o_bias: whether the output projection has one.
-        mlp_bias: whether the projections of the MLP have one.
-        head_bias: whether ``lm_head`` has one.
-        tie_word_embeddings: logits from the embedding table, no ``lm_head`` kernel.
-        embed_size: width of the embedding table where it is not D: a projection leads in and one out (OPT's 350m).
-        embed_scale: multiplies what is looked up, but not ``inputs_embeds`` (Gemma).
-        input_multiplier: multiplies both (Granite).
-        residual_multiplier: multiplies what attention and MLP add (Granite).
-        logit_divisor: divides the logits (Granite).
-        logit_softcap: as ``attention_softcap``, of the logits.
-        head: what stands behind the blocks. ``lm``: logits of the next token; ``token``: a class for each token;
-            ``last``: one for the sequence, from the last token that is not padding.
-        num_labels: C, classes of the head, if it classifies.
-        padding_token: padding token id; the ``last`` head skips it. None where there is none.
-        context_length: positions that the model was made for; None if unknown. Nothing is computed from it.
+        o_bias: whether the output projection has a bias.
+        mlp_bias: whether the projections of the MLP have a bias.
+        head_bias: whether ``lm_head`` has a bias.
+        tie_word_embeddings: whether the embedding table is also the output head, without an ``lm_head`` kernel.
+        embed_size: width of the embedding table if it is not D; projections convert its width to D and back (OPT's
+            350m).
+        embed_scale: factor of the looked-up embeddings, but not of ``inputs_embeds`` (Gemma).
+        input_multiplier: factor of the looked-up embeddings and of ``inputs_embeds`` (Granite).
+        residual_multiplier: factor of the outputs that attention and MLP add to the stream (Granite).
+        logit_divisor: divisor of the logits (Granite).
+        logit_softcap: c in ``c tanh(. / c)`` of the output logits; None for none.
+        head: output head. ``lm``: logits of the next token. ``token``: a class for each token. ``last``: a class for
+            the
+            sequence, from the last token that is not padding.
+        num_labels: C, number of classes of a classification head.
+        padding_token: padding token id; the ``last`` head skips it. None if there is none.
+        context_length: number of positions that the model was made for; None if unknown. It is information only.
     """
 
     heads: ClassVar[tuple[str, ...]] = ("lm", "token", "last")
@@ -186,7 +193,7 @@ class DecoderConfig:
     context_length: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Validate the fields."""
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         for name, known in (
@@ -214,7 +221,7 @@ class DecoderConfig:
 
     @property
     def groups(self) -> tuple[BlockGroup, ...]:
-        """Runs of blocks with the same parameters: each is one scan. All but few models have one."""
+        """Groups of consecutive blocks with the same parameters. Each is one scan; most models have one."""
         routed = self.routed_layers or (self.routed is not None,) * self.num_layers
         kinds = [(routed[i], i == 0 and not self.first_norm) for i in range(self.num_layers)]
         starts = [i for i in range(self.num_layers) if i == 0 or kinds[i] != kinds[i - 1]]
@@ -225,13 +232,13 @@ class DecoderConfig:
 
     @property
     def rope_switches_at(self) -> int | None:
-        """Length in tokens beyond which the rotary frequencies are others, or None (see :class:`Rope`)."""
+        """Length in tokens beyond which the rotary frequencies change, or None (see :class:`Rope`)."""
         switches = [rope.switches_at for rope in (self.rope, self.sliding_rope) if rope is not None]
         return next((switch for switch in switches if switch is not None), None)
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions there are, or None where any may come."""
+        """Number of positions, or None if it is not limited."""
         return None if self.learned_positions is None else self.learned_positions - self.position_offset
 
 
@@ -240,11 +247,11 @@ class BlockGroup:
     """Consecutive blocks whose parameters are stacked together.
 
     Attributes:
-        name: key of their parameters.
-        start: number of the first.
-        length: how many.
-        routed: whether they have a mixture of experts in place of an MLP.
-        unnormed: whether no norm precedes their attention.
+        name: key of the parameters.
+        start: index of the first block.
+        length: number of blocks.
+        routed: whether the blocks have a mixture of experts instead of an MLP.
+        unnormed: whether no norm precedes the attention.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""One decoder for the families of causal language models, told apart by what :class:`DecoderConfig` declares.
+"""One decoder for all families of causal language models; :class:`DecoderConfig` declares their differences.
 
-Blocks run under ``nn.scan`` over parameters stacked on a leading L axis, so compile time does not grow with depth; with
-``scan_layers=False`` they stand side by side as ``layers_0``, ``layers_1``, ...: slower to compile, but no weight is
-sliced out of a stack, which is what decoding one token at a time is bound by. Axes as in
+Blocks run under ``nn.scan`` over parameters stacked on a leading L axis, so compile time does not grow with depth. With
+``scan_layers=False`` the blocks are separate modules ``layers_0``, ``layers_1``, .... This is slower to compile, but
+slices no weights out of a stack; those slices would dominate the time of decoding one token. Axes as in
 :mod:`xlora_jax.models.blocks`.
 """
 
@@ -26,14 +26,15 @@ __all__ = ["Decoder", "last_token"]
 def last_token(
     shape: tuple[int, ...], padding: int | None, input_ids: jax.Array | None, attention_mask: jax.Array | None
 ) -> jax.Array:
-    """Find each row's last token, which a sequence's class is read from.
+    """Find each row's last token, whose output gives the class of the sequence.
 
-    As in transformers that is the last one whose number is not that of padding. Where transformers knows no end of a
-    row, without such a number or without numbers, the mask tells; without a mask it is the last position, as there.
+    As in transformers, this is the last token whose id is not ``padding``. Without ``padding`` or ``input_ids`` the
+    mask
+    decides. Without a mask too, it is the last position, as in transformers.
 
     Args:
         shape: ``[B, T]``.
-        padding: number of the token that is padding; None for none.
+        padding: padding token id; None for none.
         input_ids: int ``[B, T]``, or None.
         attention_mask: ``[B, T]``, zero at padding, or None.
 
@@ -41,7 +42,7 @@ def last_token(
         int32 ``[B]``.
 
     Raises:
-        ValueError: several rows, and neither ``padding`` nor a mask to tell where they end.
+        ValueError: there are several rows, and neither ``padding`` nor a mask shows where they end.
     """
     batch, length = shape
     if input_ids is not None and padding is not None:
@@ -103,23 +104,24 @@ class Decoder(Transformer):
 
         Args:
             input_ids: int ``[B, T]``; or ``inputs_embeds``.
-            inputs_embeds: ``[B, T, D]`` in place of the embedding of ``input_ids``.
-            attention_mask: bool or int ``[B, T]``, zero where a token is padding; None for no padding. Not with a
-                cache, where every row's tokens stand at its positions without gaps.
-            positions: int ``[B or 1, T]``; default 0..T-1, or those of ``place``.
-            segment_ids: int ``[B, T]``: documents packed into one row; tokens see their own only. Give ``positions``
-                that count from each document's start. Not with a cache.
-            cache: keys and values of earlier tokens; this call's are written to it.
-            place: with ``cache``: where each row's tokens of this call belong.
-            with_logits: also apply the output head.
+            inputs_embeds: ``[B, T, D]`` instead of the embedding of ``input_ids``.
+            attention_mask: bool or int ``[B, T]``, zero at padding; None for no padding. Not with a cache, whose rows
+                have
+                no gaps.
+            positions: int ``[B or 1, T]``; default 0..T-1, or the positions of ``place``.
+            segment_ids: int ``[B, T]``, document numbers of packed rows; tokens see only their own document. Give
+                ``positions`` that count from each document's start. Not with a cache.
+            cache: keys and values of earlier tokens; this call's are added.
+            place: positions of this call's tokens in ``cache``.
+            with_logits: whether to apply the output head too.
 
         Returns:
-            Hidden states, logits, cache. The logits are ``[B, T, V]`` or, with a head ``token``, ``[B, T, C]``; with a
-            head ``last`` they are ``[B, C]``, of the token that :func:`last_token` finds.
+            Hidden states, logits, cache. The logits are ``[B, T, V]``, with a head ``token`` ``[B, T, C]``. With a head
+            ``last`` they are ``[B, C]``, from the token that :func:`last_token` finds.
 
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; a mask with a cache; rows whose last
-                token is not known, see :func:`last_token`.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds`` is given; a mask comes with a cache; or a
+                row's last token is unknown, see :func:`last_token`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -138,7 +140,7 @@ class Decoder(Transformer):
         return DecoderOutput(hidden_states, logits, cache)
 
     def unembed(self, hidden_states: jax.Array) -> jax.Array:
-        """Logits ``[B, T, V]``, or ``[B, T, C]`` of classes, of ``hidden_states [B, T, D]`` after the final norm."""
+        """Return logits ``[B, T, V]``, or ``[B, T, C]`` of classes, for final-norm outputs ``[B, T, D]``."""
         cfg = self.config
         if cfg.head != "lm":
             classifier = self.score if cfg.head == "last" else self.token_classifier
@@ -161,7 +163,7 @@ class Decoder(Transformer):
         positions: jax.Array | None,
         place: Place | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The residual stream before the first block, and the positions ``[B or 1, T]``."""
+        """Return the residual stream before the first block, and the positions ``[B or 1, T]``."""
         cfg = self.config
         x = self.embed_tokens(input_ids) if input_ids is not None else jnp.asarray(inputs_embeds, self.dtype)
         if cfg.input_multiplier != 1:
@@ -189,9 +191,9 @@ class Decoder(Transformer):
 
         Args:
             batch: B.
-            capacity: S, tokens that a row may come to.
-            dtype: of keys and values; None takes that of the computation.
-            chunk: the most tokens T of a call. With it, blocks that slide keep only their window and a chunk.
+            capacity: S, largest number of tokens in a row.
+            dtype: dtype of keys and values; defaults to the compute dtype.
+            chunk: largest number of tokens T in a call. If given, sliding blocks keep only their window and a chunk.
 
         Raises:
             NotImplementedError: the head classifies.
@@ -222,7 +224,7 @@ class Decoder(Transformer):
         queries = length[None] if place is None else place.start[:, None] + length
 
         def visible(sliding: bool) -> jax.Array:
-            """Bool [B or 1, 1, T, S]."""
+            """Return the mask, bool ``[B or 1, 1, T, S]``."""
             keys = length[None] if cache is None or place is None else cache.positions(place, sliding=sliding)
             seen = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
             if attention_mask is not None:

@@ -23,23 +23,22 @@ __all__ = ["Encoder", "EncoderConfig", "VisionTransformer"]
 
 @dataclass(frozen=True)
 class EncoderConfig(DecoderConfig):
-    """What an encoder declares besides what its blocks are.
+    """Declaration of an encoder family. These fields are added to those of the blocks.
 
     Attributes:
-        window: tokens that a sliding-window layer sees to each side of a token; None where no layer slides.
-        head: ``token``: a class for each token; ``pooled``: one for the sequence, from its first token through a
-            dense layer, the pooler; ``first``: from its first token as it is.
-        pooler_activation: a key of :data:`~xlora_jax.models.config.ACTIVATIONS`.
+        window: number of tokens that a sliding-window layer sees on each side of a token; None if no layer slides.
+        head: output head. ``token``: a class for each token. ``pooled``: a class for the sequence, from its first token
+            through a dense layer, the pooler. ``first``: a class for the sequence, directly from its first token.
+        pooler_activation: key of :data:`~xlora_jax.models.config.ACTIVATIONS`.
         pooler_bias: whether the pooler has a bias.
-        pooler_norm: whether a norm follows its activation (ModernBERT).
+        pooler_norm: whether a norm follows the pooler's activation (ModernBERT).
         pools_tokens: whether the head ``token`` has a pooler too (ModernBERT).
         pools_mean: whether the pooler sees the mean of all tokens instead of the first one.
-        token_types: rows of the table of token types; 0 for none.
-        padding_token: the token whose copies have no position (RoBERTa), so that others are counted without them;
-            None where positions are 0..T-1 (BERT).
+        token_types: number of rows in the token-type table; 0 for none.
+        padding_token: id of the token that positions skip (RoBERTa); None if positions are 0..T-1 (BERT).
         image_size: height and width in pixels; empty for text.
         patch_size: height and width of a patch.
-        channels: of an image.
+        channels: number of channels of an image.
     """
 
     heads: ClassVar[tuple[str, ...]] = ("token", "pooled", "first")
@@ -57,7 +56,7 @@ class EncoderConfig(DecoderConfig):
     channels: int = 3
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Validate the fields."""
         super().__post_init__()
         if self.pooler_activation not in ACTIVATIONS:
             raise ValueError(
@@ -78,7 +77,7 @@ class _Classifying(Transformer):
         return self.config.head == "pooled" or (self.config.head == "token" and self.config.pools_tokens)
 
     def make_blocks_and_head(self) -> None:
-        """Make them; for ``setup``."""
+        """Make the blocks and the head, in ``setup``."""
         cfg = self.config
         if self.scan_layers:
             self.blocks = self.scanned_blocks()
@@ -97,12 +96,12 @@ class _Classifying(Transformer):
             self.classifier = classifier
 
     def see_all(self, x: jax.Array, attention_mask: jax.Array | None, positions: jax.Array | None = None) -> jax.Array:
-        """Take ``x [B, T, D]`` through the blocks; padding is seen by none.
+        """Run ``x [B, T, D]`` through the blocks; no token attends to padding.
 
         Args:
-            x: the embedding.
+            x: embedding.
             attention_mask: ``[B, T]``, zero at padding, or None.
-            positions: int ``[B or 1, T]``, for rotary embedding; None where there is none.
+            positions: int ``[B or 1, T]``, for rotary embedding; None without it.
         """
         cfg = self.config
         place = jnp.arange(x.shape[1])
@@ -125,7 +124,7 @@ class _Classifying(Transformer):
 
         Args:
             hidden_states: ``[B, T, D]``.
-            attention_mask: ``[B, T]``, zero at padding, which a mean leaves out; None for no padding.
+            attention_mask: ``[B, T]``, zero at padding, which is left out of a mean; None for no padding.
 
         Returns:
             ``[B, T, C]`` for the ``token`` head, else ``[B, C]``.
@@ -137,8 +136,9 @@ class _Classifying(Transformer):
             weights = counted.astype(x.dtype)[..., None]
             return (x * weights).sum(axis=1, keepdims=True) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
 
-        # Every position goes through the head, since each has its own gates; then the first one or the mean is taken.
-        # Dense layers are linear, so the mean of their outputs is the output for the mean.
+        # Each position has its own gates, so all of them go through the head before the first or the mean is taken.
+        # Dense
+        # layers are linear, so the mean of their outputs is the output for the mean.
         x = hidden_states
         if self.has_pooler:
             x = self.pooler(x)
@@ -152,7 +152,7 @@ class _Classifying(Transformer):
         return mean(logits)[:, 0] if cfg.pools_mean else logits[:, 0]
 
     def empty_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: an encoder sees its input as a whole."""
+        """Raise NotImplementedError: an encoder sees its input as a whole."""
         raise NotImplementedError(f"{type(self).__name__} does not generate: it is an encoder")
 
 
@@ -187,17 +187,18 @@ class Encoder(_Classifying):
 
         Args:
             input_ids: int ``[B, T]``; or ``inputs_embeds``.
-            inputs_embeds: ``[B, T, D]`` in place of the embedding of ``input_ids``.
-            attention_mask: bool or int ``[B, T]``, zero where a token is padding; None for no padding.
+            inputs_embeds: ``[B, T, D]`` instead of the embedding of ``input_ids``.
+            attention_mask: bool or int ``[B, T]``, zero at padding; None for no padding.
             token_type_ids: int ``[B, T]``; default 0.
-            positions: int ``[B or 1, T]``; default as the family has them.
-            with_logits: also apply the head.
+            positions: int ``[B or 1, T]``; default as the family counts them.
+            with_logits: whether to apply the head too.
 
         Returns:
             Hidden states and logits.
 
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; more tokens than positions.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or there are more tokens than
+                positions.
         """
         cfg = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -223,7 +224,7 @@ class Encoder(_Classifying):
 
 
 class _Embeddings(nn.Module):
-    """The class token before the patches, and a learned position for each."""
+    """Embedding of patches: a class token in front, and a learned position for each."""
 
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
@@ -258,11 +259,11 @@ class VisionTransformer(_Classifying):
         self.make_blocks_and_head()
 
     def unembed(self, hidden_states: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-        """Logits ``[B, C]`` of ``hidden_states [B, 1 + P, D]`` before the final norm."""
+        """Return logits ``[B, C]`` for ``hidden_states [B, 1 + P, D]`` before the final norm."""
         return super().unembed(self.norm(hidden_states), attention_mask)
 
     def example_inputs(self) -> dict[str, jax.Array]:
-        """One image."""
+        """Return one image."""
         return {"pixel_values": jnp.zeros((1, self.config.channels, *self.config.image_size), self.dtype)}
 
     def __call__(self, *, pixel_values: jax.Array, with_logits: bool = True) -> DecoderOutput:
@@ -270,14 +271,15 @@ class VisionTransformer(_Classifying):
 
         Args:
             pixel_values: ``[B, channels, height, width]``, as HF's image processors give them.
-            with_logits: also apply the head.
+            with_logits: whether to apply the head too.
 
         Returns:
-            Hidden states ``[B, 1 + P, D]``, class token first, and logits ``[B, C]``. The hidden states are those
-            before the final norm, as transformers' ``hidden_states[-1]``, which is what PEFT's classifier reads.
+            Hidden states ``[B, 1 + P, D]``, class token first, and logits ``[B, C]``. The hidden states precede the
+            final
+            norm, as in transformers' ``hidden_states[-1]``, which PEFT's classifier reads.
 
         Raises:
-            ValueError: images of another size.
+            ValueError: the images have another size.
         """
         cfg = self.config
         expected = (cfg.channels, *cfg.image_size)

@@ -1,4 +1,4 @@
-"""What the rest of the library needs of a base model."""
+"""Interface of a base model, as the rest of the library uses it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class BaseModule(Protocol):
 
     @property
     def config(self) -> Any:
-        """Its declaration; ``hidden_size`` is the width of ``hidden_states``."""
+        """Config of the model; its ``hidden_size`` is the width of ``hidden_states``."""
 
     @property
     def dtype(self) -> jax.typing.DTypeLike:
-        """Of the computation."""
+        """Dtype of the computation."""
 
     @property
     def param_dtype(self) -> jax.typing.DTypeLike:
-        """Of the parameters."""
+        """Dtype of the parameters."""
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run it: inputs by name, ``with_logits``, ``rngs``; gives a :class:`~xlora_jax.models.DecoderOutput`.
+        """Run the model on inputs by name, ``with_logits`` and ``rngs``; return a ``DecoderOutput``.
 
-        With ``method="unembed"``: logits of the hidden states that follow ``variables``.
+        With ``method="unembed"``, return the logits for the hidden states that follow ``variables``.
         """
 
     def empty_cache(self, batch: int, capacity: int, *args: Any, **kwargs: Any) -> Any:
-        """Make a cache for generation, or raise NotImplementedError where there is none."""
+        """Make a cache for generation, or raise NotImplementedError if the model has none."""
 
     def clone(self, **changes: Any) -> Any:
         """Return a copy with other settings, such as ``remat``."""

@@ -1,7 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) with the context extensions of transformers 5.
 
-The frequencies are computed on the host in float32, step for step as ``transformers.modeling_rope_utils`` does, since
-an angle of thousands of radians shows every rounding of its frequency.
+The frequencies are computed on the host in float32, step for step as in ``transformers.modeling_rope_utils``, because
+an
+angle of thousands of radians amplifies every rounding error of its frequency.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ class Rope:
     """Rotary embedding of one attention kind. Field names are those of transformers' ``rope_parameters``.
 
     Attributes:
-        dim: rotated features per head, even; those beyond are left as they are.
+        dim: number of rotated features per head, even; further features stay as they are.
         theta: base of the wavelengths.
         kind: ``default``, ``linear``, ``llama3``, ``yarn`` or ``longrope``.
-        factor: how much longer the context is than in pretraining (all kinds but ``default``).
+        factor: ratio of the context length to that in pretraining (all kinds but ``default``).
         original_length: context length in pretraining, in tokens (``llama3``, ``yarn``, ``longrope``).
-        low_freq_factor: ``llama3`` (Llama 3.1): wavelengths above original_length / this are slowed down.
-        high_freq_factor: ``llama3``: wavelengths below original_length / this are left alone.
-        beta_fast: ``yarn`` (arXiv 2309.00071): rotations over the original context above which nothing changes.
-        beta_slow: ``yarn``: rotations below which frequencies are fully interpolated.
-        truncate: ``yarn``: round the bounds of the ramp to whole features.
-        short_factor: ``longrope`` (arXiv 2402.13753): divisors of the frequencies up to the original context.
-        long_factor: ``longrope``: divisors beyond it.
-        attention_factor: multiplies cosine and sine.
+        low_freq_factor: divisor for ``llama3`` (Llama 3.1): wavelengths above original_length / this are slowed down.
+        high_freq_factor: divisor for ``llama3``: wavelengths below original_length / this are unchanged.
+        beta_fast: number of rotations over the original context above which ``yarn`` (arXiv 2309.00071) changes
+            nothing.
+        beta_slow: number of rotations below which ``yarn`` fully interpolates the frequencies.
+        truncate: whether ``yarn`` rounds the bounds of the ramp to whole features.
+        short_factor: divisors of the frequencies up to the original context, for ``longrope`` (arXiv 2402.13753).
+        long_factor: divisors of the frequencies beyond it, for ``longrope``.
+        attention_factor: factor of cosine and sine.
     """
 
     dim: int
@@ -56,7 +58,7 @@ class Rope:
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate the fields."""
         if self.kind not in _KINDS:
             raise ValueError(f"rope kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
         if self.dim < 2 or self.dim % 2:
@@ -70,17 +72,17 @@ class Rope:
 
     @property
     def switches_at(self) -> int | None:
-        """Length in tokens up to which one set of frequencies holds and beyond which another, or None."""
+        """Length in tokens beyond which the frequencies change, or None."""
         return self.original_length if self.kind == "longrope" else None
 
     def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosine and sine of every position and rotated feature pair.
+        """Return cosine and sine of every position and rotated feature pair.
 
         Args:
-            positions: int ``[B, T]``. For ``longrope`` the largest of them decides which factors hold for all.
+            positions: int ``[B, T]``. For ``longrope`` the largest of them selects the factors for all.
 
         Returns:
-            Two float32 arrays ``[B, T, dim / 2]``, times ``attention_factor``.
+            Two float32 arrays ``[B, T, dim / 2]``, multiplied by ``attention_factor``.
         """
         if self.kind == "longrope":
             beyond = jnp.max(positions) + 1 > self.original_length
@@ -91,7 +93,7 @@ class Rope:
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
 
     def _frequencies(self, divisors: tuple[float, ...] = ()) -> Frequencies:
-        """Radians per token, float32 ``[dim / 2]``."""
+        """Return the radians per token, float32 ``[dim / 2]``."""
         one = np.float32(1)
         exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
         wavelengths: Frequencies = np.power(np.float32(self.theta), exponents)
@@ -137,7 +139,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     Args:
         x: ``[B, T, H, K]``.
         cos: ``[B, T, dim / 2]``, in the dtype of ``x``.
-        sin: likewise.
+        sin: ``[B, T, dim / 2]``, in the dtype of ``x``.
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]

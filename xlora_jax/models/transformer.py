@@ -1,4 +1,4 @@
-"""What transformers have in common: a stack of blocks, scanned or side by side, and what they give.
+"""Base class of transformers: a stack of blocks, scanned or separate, and the output type.
 
 Axes as in :mod:`xlora_jax.models.blocks`.
 """
@@ -20,9 +20,9 @@ from xlora_jax.models.config import BlockGroup, DecoderConfig
 
 __all__ = ["REMAT_POLICIES", "DecoderOutput", "Transformer"]
 
-# What the backward pass finds stored of each block; the rest is computed again from the block's input.
+# Arrays of each block that are stored for the backward pass. The rest is recomputed from the block's input.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": None,  # nothing but the block's input
+    "full": None,  # only the block's input
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),  # products with weights, experts added
     "dots_and_attention": jax.checkpoint_policies.dots_saveable,  # all products
 }
@@ -30,12 +30,12 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 @struct.dataclass
 class DecoderOutput:
-    """What a decoder gives.
+    """Output of a base model.
 
     Attributes:
         hidden_states: ``[B, T, D]`` after the final norm.
-        logits: ``[B, T, V]``, or None if not asked for.
-        cache: the cache with this call's keys and values, or None if there was none.
+        logits: ``[B, T, V]``, or None if not requested.
+        cache: cache with this call's keys and values, or None without a cache.
     """
 
     hidden_states: jax.Array
@@ -44,17 +44,17 @@ class DecoderOutput:
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; what stands before and behind it is a subclass's.
+    """A stack of blocks; subclasses add embedding and head.
 
     Attributes:
-        config: the family's declaration.
-        dtype: of the computation.
-        param_dtype: of the parameters at initialisation.
-        scan_layers: stack the blocks under ``nn.scan``, or stand them side by side.
-        remat: rematerialise each block's activations in a backward pass, by a policy of :data:`REMAT_POLICIES`; None
-            stores them all.
+        config: declaration of the family.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters at initialization.
+        scan_layers: whether the blocks are stacked under ``nn.scan``, or are separate modules.
+        remat: rematerialization policy for the backward pass, a key of :data:`REMAT_POLICIES`; None stores all
+            activations.
         attention: implementation of ``jax.nn.dot_product_attention``: ``xla`` or ``cudnn`` (flash attention, on
-            NVIDIA GPUs in bfloat16 or float16); None is JAX's own choice.
+            NVIDIA GPUs in bfloat16 or float16); None leaves the choice to JAX.
     """
 
     config: DecoderConfig
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
             return Block
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat: expected None or one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
-        # Under scan the loop itself keeps XLA from merging the second computation with the first.
+        # Under scan the loop itself keeps XLA from merging the recomputation with the first computation.
         return nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
 
     def _scanned(self, group: BlockGroup) -> Any:
@@ -83,15 +83,15 @@ class Transformer(nn.Module):
         return scanned(self.config, self.dtype, self.param_dtype, group.routed, group.unnormed, name=group.name)
 
     def example_inputs(self) -> dict[str, jax.Array]:
-        """Inputs of the smallest call, by name: enough for ``init``."""
+        """Return inputs of the smallest call by name, for ``init``."""
         return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
 
     def scanned_blocks(self) -> list[Any]:
-        """Make the blocks, each group of them one scan; for ``setup``."""
+        """Make the blocks in ``setup``, with one scan per group."""
         return [self._scanned(group) for group in self.config.groups]
 
     def single_blocks(self) -> list[Any]:
-        """Make the blocks side by side; for ``setup``, as ``layers``."""
+        """Make the blocks in ``setup`` as separate modules, to be assigned to ``layers``."""
         return [
             self._block()(self.config, self.dtype, self.param_dtype, group.routed, group.unnormed)
             for group in self.config.groups
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         ]
 
     def run_blocks(self, x: jax.Array, cache: Cache | None, context: BlockContext) -> tuple[jax.Array, Cache | None]:
-        """Take the residual stream ``x [B, T, D]`` and the cache through all blocks."""
+        """Run the residual stream ``x [B, T, D]`` and the cache through all blocks."""
         carry = (x, cache)
         flags = self._layers()
         if self.scan_layers:
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         return carry
 
     def _layers(self) -> LayerFlags:
-        """The blocks' own flags, each a NumPy array ``[L]``."""
+        """Return the per-block flags, each a NumPy array ``[L]``."""
         count = self.config.num_layers
         none = (False,) * count
         return LayerFlags(

@@ -1,4 +1,4 @@
-"""Losses of training: next-token cross-entropy, whole or in chunks.
+"""Training losses: next-token cross-entropy, whole or in chunks.
 
 Axes: B batch, T tokens, D width, V vocabulary, L adapted layers, N experts.
 """
@@ -18,7 +18,7 @@ __all__ = ["IGNORED_LABEL", "HeadFunction", "causal_lm_loss", "chunked_cross_ent
 
 IGNORED_LABEL = -100
 
-# (what learns, what is frozen, hidden [B, t, D], scalings [B, t, L, N] or None) -> logits [B, t, V]
+# (trainable parameters, frozen parameters, hidden [B, t, D], scalings [B, t, L, N] or None) -> logits [B, t, V]
 HeadFunction = Callable[[Any, Any, jax.Array, jax.Array | None], jax.Array]
 
 
@@ -32,10 +32,10 @@ def next_token_targets(labels: jax.Array, segment_ids: jax.Array | None = None) 
 
 
 def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token, in nats, as transformers computes it.
+    """Return the mean cross-entropy of the next token, in nats, as transformers computes it.
 
     Args:
-        logits: ``[B, T, V]``; taken to float32.
+        logits: ``[B, T, V]``; cast to float32.
         labels: int ``[B, T]``, not shifted: the label at t is predicted from t - 1. -100 is ignored.
 
     Returns:
@@ -54,20 +54,21 @@ def chunked_cross_entropy(
     targets: jax.Array,
     chunk: int,
 ) -> jax.Array:
-    """Sum of the cross-entropy of all tokens, without the logits of all tokens.
+    """Return the summed cross-entropy of all tokens without storing the logits of all tokens.
 
-    The output head is applied to ``chunk`` positions of each row at a time, and a chunk's gradient is taken on the
-    spot: logits are computed once, and none but ``[B, chunk, V]`` of them exist at a time. (The chunks run over
-    positions, so that a head of any kind will do: tied, capped, with experts of its own.)
+    The output head is applied to ``chunk`` positions of each row at a time, and the chunk's gradient is computed right
+    away. So logits are computed once, and only ``[B, chunk, V]`` of them exist at a time. The chunks run over
+    positions,
+    so any kind of head works: tied, capped, or adapted by experts.
 
     Args:
-        head: pure function to logits; it must not close over arrays that are differentiated.
-        learnt: its parameters that have a gradient; any tree, possibly empty.
-        frozen: its parameters that have none.
+        head: pure function to logits; it must not close over differentiated arrays.
+        learnt: tree of the head's parameters that have a gradient, possibly empty.
+        frozen: tree of the head's other parameters.
         hidden_states: ``[B, T, D]``.
         scalings: ``[B, T, L or 1, N]`` for a head with experts, or None.
-        targets: int ``[B, T]``, not to be shifted; -100 is ignored.
-        chunk: positions per chunk, at least 1.
+        targets: int ``[B, T]``, already shifted; -100 is ignored.
+        chunk: number of positions per chunk, at least 1.
 
     Returns:
         float32 scalar, in nats.
@@ -85,7 +86,7 @@ def _summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _split(array: jax.Array, chunk: int, fill: float | int = 0) -> jax.Array:
-    """``[B, T, ...]`` as ``[chunks, B, chunk, ...]``, filled up at the end."""
+    """Reshape ``[B, T, ...]`` to ``[chunks, B, chunk, ...]``, padded at the end."""
     batch, length, *rest = array.shape
     chunks = -(-length // chunk)
     padding = [(0, 0), (0, chunks * chunk - length), *[(0, 0)] * len(rest)]

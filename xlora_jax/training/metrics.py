@@ -1,4 +1,4 @@
-"""Metrics of a run, to JSON lines and to TensorBoard."""
+"""Write metrics of a run as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["MetricsWriter", "peak_memory"]
 
 
 class MetricsWriter:
-    """Writes ``metrics.jsonl`` and TensorBoard's files; a context manager.
+    """Writer of ``metrics.jsonl`` and TensorBoard's files, a context manager.
 
-    A run that is resumed drops what was logged after the checkpoint it starts from, so no step occurs twice.
+    A resumed run drops the entries logged after its checkpoint, so no step occurs twice.
     """
 
     def __init__(self, directory: str | Path, *, resumed_at: int = 0, tensorboard: bool = True) -> None:
         """Open the files.
 
         Args:
-            directory: of the run; created if need be.
-            resumed_at: entries of later steps are dropped.
-            tensorboard: also write TensorBoard's files, to ``directory/tensorboard``; needs ``tensorboardX``.
+            directory: path of the run, created if missing.
+            resumed_at: number of the checkpoint's step; entries of later steps are dropped.
+            tensorboard: whether to write TensorBoard's files too, in ``directory/tensorboard``; needs ``tensorboardX``.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class MetricsWriter:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """Flush what was written to disk, so that not even a power cut loses it."""
+        """Flush all entries to disk, so that even a power cut loses none."""
         os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
@@ -67,7 +67,7 @@ class MetricsWriter:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop entries of later steps, and a last line that a kill cut short."""
+    """Drop entries of later steps, and an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -92,7 +92,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory so far in GiB: of the first device where the backend tells, and of this process on the host."""
+    """Return the peak memory so far in GiB, of the host process and of the first device if the backend reports it."""
     import resource
     import sys
 

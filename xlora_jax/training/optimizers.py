@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name, for those who do not bring an optax transformation of their own."""
+"""Optimizers and learning-rate schedules by name, for callers without an optax transformation of their own."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def make_schedule(name: str, peak: float, steps: int, warmup: int = 0) -> Schedule:
-    """Learning rate by step: a linear warm-up from 0, then constant, or down to 0 at the last step.
+    """Make a schedule: a linear warm-up from 0, then constant or decaying to 0 at the last step.
 
     Args:
         name: one of :data:`SCHEDULES`.
-        peak: the rate after the warm-up.
-        steps: of the whole training.
-        warmup: steps of the warm-up.
+        peak: learning rate after the warm-up.
+        steps: number of steps of the whole training.
+        warmup: number of warm-up steps.
 
     Raises:
-        ValueError: an unknown name, or a warm-up longer than the training.
+        ValueError: the name is unknown, or the warm-up is longer than the training.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
@@ -61,19 +61,19 @@ def make_optimizer(
     eps: float = 1e-8,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Make an optimiser, after clipping of the gradient's global norm.
+    """Make an optimizer that first clips the gradient's global norm.
 
     Args:
-        name: a key of :data:`OPTIMIZERS`.
-        schedule: learning rate by step.
-        weight_decay: decoupled, for those that have it (not ``adam`` and ``sgd``).
+        name: key of :data:`OPTIMIZERS`.
+        schedule: function from a step to its learning rate.
+        weight_decay: coefficient of the decoupled weight decay (not for ``adam`` and ``sgd``).
         b1: decay of the first moment; the momentum of ``sgd``.
         b2: decay of the second moment.
-        eps: of the adaptive ones.
-        max_grad_norm: clip to this norm; None for no clipping.
+        eps: epsilon of adaptive optimizers.
+        max_grad_norm: maximum norm of the gradient; None for no clipping.
 
     Raises:
-        ValueError: an unknown name, or a weight decay that the optimiser would ignore.
+        ValueError: the name is unknown, or the optimizer would ignore the weight decay.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")

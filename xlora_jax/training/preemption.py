@@ -1,4 +1,4 @@
-"""Stop a run at SIGTERM, after the step that is running."""
+"""Stop a run on SIGTERM, after the current step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Preemption"]
 
 
 class Preemption:
-    """Whether SIGTERM has come; a context manager, which puts the old handler back."""
+    """Record of whether SIGTERM was received; a context manager that restores the old handler."""
 
     def __init__(self) -> None:
         self._came = False
         self._old: Any = None
-        # Python runs handlers in the main thread, and allows none to be set from others.
+        # Python runs handlers in the main thread, and lets no other thread set one.
         self._main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Preemption:
@@ -34,7 +34,7 @@ class Preemption:
         self._came = True
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after this step; several processes agree on the step."""
+        """Return whether to stop after this step; all processes agree on the step."""
         if jax.process_count() == 1:
             return self._came
         from jax.experimental import multihost_utils

@@ -25,7 +25,7 @@ __all__ = ["BadRecords", "Record", "RecordError", "Records", "is_data", "read_re
 Record = Mapping[str, Any]
 
 _COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# Columns of a CSV that hold JSON: an empty cell means that the record has no such field.
+# CSV columns that contain JSON. An empty cell means that the record has no such field.
 _JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")
 _LISTED = 5
 
@@ -36,12 +36,12 @@ class RecordError(ValueError):
 
 @dataclass
 class BadRecords:
-    """Bad records of a run: an error, or counted and left out up to a limit.
+    """Counter of a run's bad records, which are left out up to a limit.
 
     Attributes:
         allowed: number of bad records to leave out; the next one is an error.
-        count: number left out so far.
-        messages: the first few errors.
+        count: number of records left out so far.
+        messages: texts of the first few errors.
     """
 
     allowed: int = 0
@@ -57,7 +57,7 @@ class BadRecords:
         """Count a bad record.
 
         Raises:
-            RecordError: more than ``allowed``.
+            RecordError: there are more than ``allowed``.
         """
         if self.count >= self.allowed:
             if not self.allowed:
@@ -70,7 +70,7 @@ class BadRecords:
             self.messages.append(str(error))
 
     def warn(self) -> None:
-        """Warn once of all bad records so far: their number and the first few."""
+        """Give one warning for all bad records so far, with their number and the first few."""
         if self.count:
             more = self.count - len(self.messages)
             warnings.warn(
@@ -94,10 +94,10 @@ class Records(list[Record]):
         """Keep the records.
 
         Args:
-            records: the records.
-            source: file or name of the data set; None if the records did not come from one.
+            records: iterable of records.
+            source: name of the file or data set; None if the records did not come from one.
             unit: noun before a record's number, such as "line".
-            numbers: each record's number; default its index, from 0.
+            numbers: number of each record; default its index, from 0.
         """
         super().__init__(records)
         self._source, self._unit, self._numbers = source, unit, numbers
@@ -110,7 +110,7 @@ class Records(list[Record]):
 
 
 def is_data(path: str | Path) -> bool:
-    """Return whether a path is a data file by its name, or a directory that HF ``datasets`` wrote."""
+    """Return whether a path has the name of a data file, or is a directory that HF ``datasets`` wrote."""
     path = Path(path)
     if path.is_dir():
         return any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
@@ -121,17 +121,20 @@ def read_records(source: str | Path | Iterable[Record], bad: BadRecords | None =
     """Read records.
 
     Args:
-        source: a file, by its name ``.jsonl`` or ``.ndjson`` (one JSON object per line), ``.json`` (an array, one
-            object, or one object per line), ``.csv`` or ``.tsv`` (with a header), ``.txt`` (one document), ``.parquet``
-            or ``.arrow``; text files also with ``.gz``, ``.bz2`` or ``.xz`` behind it. Or a directory that
-            ``save_to_disk`` of HF ``datasets`` wrote, or one of data files, or a data set on the hub as ``NAME`` or
-            ``NAME:SPLIT``. Or the records themselves: a list, a ``datasets.Dataset``.
-        bad: counts bad lines; by default the first one is an error.
+        source: one of these:
+
+            - a file: ``.jsonl`` or ``.ndjson`` (one JSON object per line), ``.json`` (an array, one object, or one
+              object per line), ``.csv`` or ``.tsv`` (with a header), ``.txt`` (one document), ``.parquet`` or
+              ``.arrow``; a text file may also be compressed, with the added ending ``.gz``, ``.bz2`` or ``.xz``
+            - a directory: written by ``save_to_disk`` of HF ``datasets``, or with data files
+            - a data set on the hub: ``NAME`` or ``NAME:SPLIT``
+            - the records themselves: a list, or a ``datasets.Dataset``
+        bad: counter of bad lines; by default the first one is an error.
 
     Raises:
-        RecordError: a line that is not a JSON object.
-        ValueError: an empty source, a damaged file, a file of another kind, an encoding other than UTF-8 or UTF-16.
-        ImportError: a source that needs the ``datasets`` library, which is missing.
+        RecordError: a line is not a JSON object.
+        ValueError: the source is empty, damaged, of an unknown kind, or neither UTF-8 nor UTF-16.
+        ImportError: the source needs the ``datasets`` library, which is missing.
     """
     bad = BadRecords() if bad is None else bad
     if not isinstance(source, str | Path):
@@ -163,7 +166,7 @@ def _read(source: str, bad: BadRecords) -> Records:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """Return the ending that says what is in a file, and that of its compression or ''."""
+    """Return a file name's ending for the kind of data, and its ending for the compression or ''."""
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED:
         return path.with_suffix("").suffix.lower(), suffix
@@ -172,7 +175,7 @@ def _kind(path: Path) -> tuple[str, str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that may be compressed; what goes wrong inside is an error that names it."""
+    """Open a file that may be compressed; errors inside the block become errors that name the file."""
     _, compression = _kind(path)
     try:
         with _COMPRESSED.get(compression, open)(path, "rb") as file:
@@ -186,7 +189,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _encoding(file: Any) -> str:
-    """Tell the encoding by the first bytes: UTF-8 with or without a byte order mark, UTF-16, UTF-32."""
+    """Detect the encoding from the first bytes: UTF-8 with or without a byte order mark, UTF-16, UTF-32."""
     head: bytes = file.peek(4)[:4]
     return json.detect_encoding(head)
 
@@ -215,7 +218,7 @@ def _text_of(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | RecordError]]:
-    """Give each line that is not blank with its number; only line feeds end lines, as JSON lines has it."""
+    """Yield each line that is not blank, with its number; only line feeds end lines, as in the JSON Lines format."""
     with _opened(path) as file:
         encoding = _encoding(file)
         if not encoding.startswith("utf-8"):
@@ -256,7 +259,7 @@ def _parse(text: str, place: str, expected: str) -> Any:
     except json.JSONDecodeError as error:
         raise RecordError(f"{place}: expected {expected}, got {error}") from error
     except ValueError:
-        # A number of more digits than Python reads: as infinity it is an error where its field is read, if that is.
+        # The number has more digits than Python reads. As infinity it is an error if its field is used.
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else math.inf)
 
 
@@ -267,7 +270,7 @@ def _checked(record: Any, place: str) -> Record:
 
 
 def _read_json(path: Path, bad: BadRecords) -> Records:
-    """Read an array of records, or one record; failing that, one record per line, which is often named so."""
+    """Read an array of records, one record, or one record per line, since such files are often named ``.json`` too."""
     text = _text_of(path)
     if not text.lstrip().startswith("["):
         try:
@@ -295,7 +298,7 @@ _FIELD_LIMIT = threading.Lock()
 
 
 def _read_csv(path: Path, bad: BadRecords) -> Records:
-    """Read a table with a header. Every cell is text, whatever it looks like."""
+    """Read a table with a header. Every cell is text, even if it looks like a number."""
     found: list[Record] = []
     numbers: list[int] = []
     delimiter = "\t" if _kind(path)[0] == ".tsv" else ","
@@ -356,7 +359,7 @@ def _read_parquet(path: Path, bad: BadRecords) -> Records:
             else:
                 found = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
             return Records(_without_nulls(found), source=str(path), unit="index")
-        except Exception as error:  # the libraries' own kinds of errors are many
+        except Exception as error:  # the libraries have many error classes of their own
             cause = error.__cause__ or error
             raise ValueError(f"{path}: expected a {path.suffix} file, got {type(cause).__name__}: {cause}") from error
 
@@ -378,7 +381,7 @@ def _load(datasets: Any, name: str, split: str | None) -> Records:
     try:
         with _quiet(datasets):
             found = datasets.load_dataset(name, split=split)
-    except Exception as error:  # of the network, of the hub, of files of any kind
+    except Exception as error:  # errors of the network, the hub or any file format
         raise ValueError(
             f"{name}: expected a file or directory of records, or a data set on the hub; there is no such file, and "
             f"datasets.load_dataset says: {type(error).__name__}: {error}"

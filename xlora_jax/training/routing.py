@@ -1,6 +1,6 @@
-"""What a gate does with a text: how much of each expert it takes, where, how decidedly, and what that is worth.
+"""Statistics of a gate on a text: the weight of each expert per layer, how concentrated, and the effect on the loss.
 
-Axes: B batch, T tokens, L adapted layers (1 where they share their gates), N experts.
+Axes: B batch, T tokens, L adapted layers (1 if they share their gates), N experts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["Routing", "make_routing_step"]
 
 @struct.dataclass
 class Routing:
-    """Sums over the tokens that are predicted; those of several batches add up.
+    """Sums over the predicted tokens; the sums of several batches can be added.
 
     Attributes:
-        tokens: their number, float32.
+        tokens: number of predicted tokens, float32.
         loss: cross-entropy of the model, in nats.
-        base_loss: of its base model alone.
-        gates: ``[L, N]``, the gates that the layers see: after top-k, before the global weight.
-        leads: ``[L, N]``, in how many of the tokens an expert's gate is the largest.
-        entropy: ``[L]``, of the gates taken as shares of their sum, in nats; log N where all experts count the same.
+        base_loss: cross-entropy of its base model alone.
+        gates: ``[L, N]``, gates after top-k, before the global weight.
+        leads: ``[L, N]``, number of tokens for which the expert's gate is the largest.
+        entropy: ``[L]``, entropy of the gates as shares of their sum, in nats; log N if all gates are equal.
     """
 
     tokens: jax.Array
@@ -41,12 +41,12 @@ class Routing:
     entropy: jax.Array
 
     def __add__(self, other: Routing) -> Routing:
-        """Add up what two batches gave."""
+        """Add the sums of two batches."""
         total: Routing = jax.tree.map(jnp.add, self, other)
         return total
 
     def mean(self) -> Routing:
-        """Divide by the number of tokens, which stays."""
+        """Return the sums divided by the number of tokens, which is kept."""
         means: Routing = jax.tree.map(lambda total: total / self.tokens, self)
         return means.replace(tokens=self.tokens)  # type: ignore[attr-defined,no-any-return]
 
@@ -54,12 +54,12 @@ class Routing:
 def make_routing_step(xlora: XLora, *, loss_chunk: int = 256) -> Callable[[Params, Batch], Routing]:
     """Make the jitted function ``(params, batch) -> Routing``.
 
-    Batches are those of :func:`~xlora_jax.training.step.batch_loss`.
+    A batch is as in :func:`~xlora_jax.training.step.batch_loss`.
 
     Raises:
-        ValueError: when it is called, if the model classifies.
+        ValueError: on the call, if the model classifies.
     """
-    # Experts that weigh nothing leave the base model.
+    # With expert weights of zero the base model remains.
     alone = dataclasses.replace(xlora, config=dataclasses.replace(xlora.config, global_scaling_weight=0.0))
 
     def step(params: Params, batch: Batch) -> Routing:

@@ -1,4 +1,4 @@
-"""A lock on a run's directory: of two processes that train into one directory, the second is refused."""
+"""Lock on a run's directory. If two processes train into one directory, the second is refused."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class RunLockedError(OSError):
-    """Another process is training into the directory; the message names its pid and host."""
+    """Another process is training into the directory. The message names its pid and host."""
 
 
 @contextmanager
 def run_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of a run's directory. The system releases it when the process ends, however it ends.
+    """Hold the lock of a run's directory. The operating system releases it when the process ends, even by a crash.
 
     Args:
-        directory: created if need be. The file ``.lock`` in it stays after the run, and holds nothing by itself.
+        directory: path of the run, created if missing. The file ``.lock`` stays there after the run; by itself it locks
+            nothing.
 
     Raises:
-        RunLockedError: another process, or another run of this one, holds it.
+        RunLockedError: another process, or another run in this process, holds the lock.
         OSError: the directory can't be written to.
     """
     try:
@@ -68,5 +69,5 @@ def _holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 1000, 0))
         return f"pid {int(holder['pid'])} on host {str(holder['host'])[:100]}"
-    except (ValueError, TypeError, LookupError, RecursionError):  # it has not written its name yet
+    except (ValueError, TypeError, LookupError, RecursionError):  # the holder has not written its name yet
         return "its pid is not known"

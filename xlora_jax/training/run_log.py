@@ -1,4 +1,4 @@
-"""A run's log: metrics by step, and the progress bar."""
+"""Log of a run: metrics by step, and the progress bar."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class RunLog:
         self._data_begun = time.perf_counter()
 
     def end_data(self) -> None:
-        """Stop that clock."""
+        """Stop the clock of the time spent waiting for data."""
         self._data += time.perf_counter() - self._data_begun
 
     def step(self, number: int, metrics: Mapping[str, Any], tokens: int, last: bool = False) -> Mapping[str, float]:
-        """Take in one step's metrics and its number of tokens, learned or not; write an entry when it is due."""
+        """Add one step's metrics and its number of tokens, learned or not; write an entry when it is due."""
         values = {name: float(value) for name, value in metrics.items()}
         self._steps += 1
         self._tokens += tokens
@@ -73,7 +73,7 @@ class RunLog:
         return {**self.latest, "loss": values["loss"]}
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Write one entry: history, files, callback."""
+        """Write one entry to the history, the files and the callback."""
         self.history.append({"step": step, "kind": kind, **values})
         if self.writer is not None:
             self.writer.write(step, kind, values)
@@ -85,16 +85,16 @@ class RunLog:
         return {"losses": self._losses}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go to where :meth:`get_state` was taken, so that the next entry averages over all its steps."""
+        """Restore the state that :meth:`get_state` returned, so that the next entry averages over all its steps."""
         self._losses = [float(loss) for loss in state["losses"]]
 
     def flush(self) -> None:
-        """Flush the files of the metrics to disk."""
+        """Flush the metrics files to disk."""
         if self.writer is not None:
             self.writer.flush()
 
     def summary(self) -> dict[str, float]:
-        """Return rates over the whole run."""
+        """Return the rates over the whole run."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         return {
             "steps_per_second": self._steps / elapsed,
@@ -107,7 +107,7 @@ class RunLog:
 
 @contextmanager
 def progress_bar(steps: int, started: int, show: bool) -> Iterator[Callable[..., None]]:
-    """Give a function of (step, values) that moves a bar."""
+    """Show a progress bar, and yield a function of (step, values) that moves it."""
     if not show or jax.process_index() != 0:
         yield lambda *_: None
         return

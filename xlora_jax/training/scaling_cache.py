@@ -1,8 +1,8 @@
-"""Results of the scaling pass, kept from epoch to epoch.
+"""Cache of scaling-pass results, from epoch to epoch.
 
-With frozen base and experts the classifier's input for a given row never changes: from the second epoch on it is read
-back instead of computed. An entry on disk carries a checksum. One that is damaged counts as missing: it is computed
-again, with one warning. Axes: B rows, T tokens, D width.
+If base and experts are frozen, the classifier's input for a given row never changes. From the second epoch on it is
+read instead of computed. Each entry on disk has a checksum. A damaged entry counts as missing: it is computed again,
+with one warning. Axes: B rows, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _KEYED = ("input_ids", "positions", "segment_ids", "attention_mask")
 
 
 def fingerprint(xlora: XLora, params: Params) -> str:
-    """Name a model by all that its scaling pass depends on: a hash of settings and of its arrays' checksums."""
+    """Return a hash of everything that a model's scaling pass depends on: its settings and its arrays' checksums."""
     gate = xlora.config.scaling_pass_gate(xlora.num_experts)
-    # How the same numbers are computed (recomputation, attention kernel, layout) makes no other model.
+    # Recomputation, attention kernel and layout give the same numbers, so they are not part of the hash.
     module = xlora.module
     described: list[Any] = [repr(module.config), jnp.dtype(module.dtype).name, gate]
     described.append(array_checksums(xlora, params["base"]))
@@ -47,7 +47,7 @@ def fingerprint(xlora: XLora, params: Params) -> str:
 
 
 class ScalingCache:
-    """Hidden states ``[T, D]`` by the content of a row and the model, in memory or in files."""
+    """Hidden states ``[T, D]`` by row content and model, in memory or in files."""
 
     def __init__(
         self, model: str, dtype: jax.typing.DTypeLike = "float32", directory: str | Path | None = None
@@ -56,8 +56,9 @@ class ScalingCache:
 
         Args:
             model: :func:`fingerprint` of the model.
-            dtype: stored element type: float32, or bfloat16 for half the room (exact for a bfloat16 model).
-            directory: folder of the entries; None keeps them in memory. All models and runs can share one.
+            dtype: stored element type, float32 or bfloat16. bfloat16 halves the size, and is exact for a bfloat16
+                model.
+            directory: folder of the entries; None keeps them in memory. Models and runs can share a folder.
         """
         self._dtype = jnp.dtype(dtype)
         if self._dtype not in (jnp.float32, jnp.bfloat16):
@@ -69,7 +70,7 @@ class ScalingCache:
         if directory is not None:
             self._directory = Path(directory) / f"{model}-{self._dtype.name}"
             self._directory.mkdir(parents=True, exist_ok=True)
-            # The name of an entry is its key and its checksum.
+            # An entry's file name consists of its key and its checksum.
             for name in os.listdir(self._directory):
                 if (match := _NAME.fullmatch(name)) is not None:
                     self._names[match[1]] = name
@@ -78,7 +79,7 @@ class ScalingCache:
         self.misses = 0
 
     def keys(self, batch: Mapping[str, NDArray[Any]]) -> list[str]:
-        """Return a key for each row of ``batch``, arrays ``[B, T]``."""
+        """Return a key for each row of ``batch``, a mapping of arrays ``[B, T]``."""
         names = [name for name in _KEYED if name in batch]
         rows = len(batch["input_ids"])
         found = []
@@ -90,7 +91,7 @@ class ScalingCache:
         return found
 
     def get(self, keys: list[str]) -> NDArray[Any] | None:
-        """Return ``[B, T, D]`` if every row is here, else None."""
+        """Return ``[B, T, D]`` if every row is in the cache, else None."""
         rows = [self._read(key) for key in keys]
         if any(row is None for row in rows):
             self.misses += len(keys)
@@ -99,7 +100,7 @@ class ScalingCache:
         return np.stack([row for row in rows if row is not None])
 
     def put(self, keys: list[str], hidden_states: Any) -> NDArray[Any]:
-        """Keep rows ``[B, T, D]``; returns them as :meth:`get` will."""
+        """Store rows ``[B, T, D]``, and return them as :meth:`get` will."""
         rows: NDArray[Any] = np.asarray(hidden_states).astype(self._dtype)
         for key, row in zip(keys, rows, strict=True):
             if self._directory is None:
@@ -114,9 +115,9 @@ class ScalingCache:
     def _write(self, key: str, row: NDArray[Any]) -> None:
         assert self._directory is not None
         name = f"{key}-{_digest(key, row)}.npy"
-        # Not flushed to disk: an entry that a power cut leaves damaged is found out by its checksum.
+        # The file is not flushed to disk. If a power cut damages an entry, its checksum shows it.
         with replacing_file(self._directory / name, durable=False) as file:
-            # NumPy's files do not know bfloat16: bits are kept as integers.
+            # NumPy's file format has no bfloat16, so the bits are stored as integers.
             np.save(file, row.view(np.uint16) if self._dtype == jnp.bfloat16 else row)
         self._names[key] = name
 
@@ -130,7 +131,7 @@ class ScalingCache:
             row = _parsed(path, key, self._dtype)
         except FileNotFoundError:
             return None
-        except Exception as error:  # whatever NumPy's parser of headers raises
+        except Exception as error:  # NumPy's header parser can raise any error
             self._warn(f"{path}: a damaged entry ({error})")
             del self._names[key]
             with suppress(OSError):
@@ -152,14 +153,14 @@ _MAX_ENTRY_BYTES = 2**31
 
 
 def _digest(key: str, row: NDArray[Any]) -> str:
-    """The key is hashed too: an entry under another's name is no entry."""
+    """Return a hash of the row and its key, so that an entry under another key's name is rejected."""
     digest = hashlib.sha256(repr((key, row.dtype.name, row.shape)).encode())
     digest.update(np.ascontiguousarray(row).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:32]
 
 
 def _parsed(path: Path, key: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The row in a file. Raises ValueError if a single bit of it is another than was written."""
+    """Return the row in a file; raise ValueError if any bit of it has changed."""
     if path.stat().st_size > _MAX_ENTRY_BYTES:
         raise ValueError(f"expected at most {_MAX_ENTRY_BYTES} bytes")
     file = io.BytesIO(path.read_bytes())

@@ -1,7 +1,7 @@
-"""Training of the gate, and of the experts if asked for, with any optax transformation.
+"""Training steps for the gate, and optionally the experts, with any optax transformation.
 
-Only what learns has gradients and optimiser state: the parameters are split into a trainable and a frozen tree, and the
-loss is differentiated with respect to the first.
+The parameters are split into a trainable and a frozen tree. Only trainable parameters have gradients and optimizer
+state.
 
 Axes: A micro-batches of an accumulated step, B batch, T tokens, D width, L adapted layers, N experts.
 """
@@ -45,7 +45,7 @@ __all__ = [
 _LEARNED_BY_EXPERTS = ("lora_a", "lora_b", "lora_bias")
 _INPUTS = ("input_ids", "attention_mask", "positions", "segment_ids")
 
-# What a batch may hold; a step refuses anything else.
+# Keys that a batch may have; a step refuses any other.
 BATCH_KEYS = (*_INPUTS, "labels", "scaling_hidden")
 
 # NumPy arrays or JAX arrays.
@@ -53,10 +53,11 @@ Batch = Mapping[str, Any]
 
 
 def split_params(params: Params, config: XLoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split into what learns and what does not: two trees with the same paths, which :func:`merge_params` joins.
+    """Split parameters into a trainable and a frozen tree; :func:`merge_params` joins them.
 
-    The classifier learns; with ``use_trainable_adapters`` so do the experts' ``lora_a``, ``lora_b`` and ``lora_bias``,
-    but not the columns that say whose they are.
+    The classifier is trainable. With ``use_trainable_adapters`` the experts' ``lora_a``, ``lora_b`` and ``lora_bias``
+    are
+    trainable too, but not the columns that assign ranks to experts.
     """
     flat = flatten(params)
 
@@ -71,21 +72,21 @@ def split_params(params: Params, config: XLoraConfig) -> tuple[dict[str, Any], d
 
 
 def merge_params(trainable: Params, frozen: Params) -> dict[str, Any]:
-    """Join what :func:`split_params` split."""
+    """Join the two trees of :func:`split_params`."""
     return unflatten(flatten(frozen) | flatten(trainable))
 
 
 @struct.dataclass
 class TrainState:
-    """What changes from step to step.
+    """Training state, which changes from step to step.
 
     Attributes:
-        step: int32, batches seen.
-        trainable: the parameters that learn.
-        opt_state: the optimiser's state, over ``trainable`` alone.
+        step: int32, number of batches seen.
+        trainable: tree of the trainable parameters.
+        opt_state: optimizer state of ``trainable``.
         rng: PRNG key of the dropouts, folded with ``step``.
-        skipped: int32, steps whose loss or gradient was not finite and that changed nothing.
-        skipped_in_row: int32, how many of them came last, one after another.
+        skipped: int32, number of skipped steps: their loss or gradient was not finite, and they changed nothing.
+        skipped_in_row: int32, number of consecutive skipped steps up to now.
     """
 
     step: jax.Array
@@ -103,20 +104,22 @@ def init_train_state(
     seed: int = 0,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Start training from ``params``.
+    """Make the initial training state from ``params``.
 
     Args:
-        params: ``{"base", "experts", "classifier"}``.
-        config: says what learns.
+        params: mapping with ``base``, ``experts`` and ``classifier``.
+        config: X-LoRA config, which decides whether the experts are trainable.
         optimizer: any optax transformation.
-        seed: of the dropouts.
-        dtype: in which to keep what learns; float32 beside a bfloat16 base lets small updates count. None leaves it.
+        seed: random seed of the dropouts.
+        dtype: dtype of the trainable parameters; None keeps theirs. Next to a bfloat16 base, float32 keeps small
+            updates
+            from being rounded away.
 
     Returns:
-        The state, and the frozen parameters, which every step is given beside it.
+        The state and the frozen parameters; every step takes both.
     """
     trainable, frozen = split_params(params, config)
-    # A copy: the step donates its state, and `params` stay with the caller.
+    # The step donates its state, so the caller's `params` are copied.
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), trainable)
     zero = [jnp.int32(0) for _ in range(3)]
     state = TrainState(zero[0], trainable, optimizer.init(trainable), jax.random.key(seed), zero[1], zero[2])
@@ -133,21 +136,24 @@ def batch_loss(
     loss_chunk: int = 256,
     regularizers: Regularizers | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both passes and the loss, as a pure function to be differentiated with respect to ``trainable``.
+    """Run both passes and compute the loss, as a pure function to differentiate with respect to ``trainable``.
 
     Args:
-        xlora: static description.
-        trainable: what learns.
-        frozen: the rest of the parameters.
-        batch: ``input_ids`` and ``labels`` int ``[B, T]``; may have ``attention_mask``, and for packed documents
-            ``positions`` and ``segment_ids``, each ``[B, T]``. With ``scaling_hidden [B, T, D]``, what
-            :func:`~xlora_jax.passes.scaling_pass` gave for these tokens, that pass is not run.
-        rngs: ``dropout`` for the classifier's dropout and ``lora_dropout`` for the experts'; what is absent is off.
-        loss_chunk: positions of a row whose logits exist at a time.
-        regularizers: further terms of the loss; None for none.
+        xlora: static description of the model.
+        trainable: tree of the trainable parameters.
+        frozen: tree of the other parameters.
+        batch: mapping with ``input_ids`` and ``labels``, int ``[B, T]``. It may have ``attention_mask``, and for packed
+            documents ``positions`` and ``segment_ids``, each ``[B, T]``. With ``scaling_hidden [B, T, D]``, the result
+            of :func:`~xlora_jax.passes.scaling_pass` for these tokens, that pass is not run.
+        rngs: PRNG keys: ``dropout`` for the classifier's dropout, ``lora_dropout`` for the experts'. A dropout without
+            a
+            key is off.
+        loss_chunk: number of positions of a row whose logits exist at a time.
+        regularizers: additional loss terms; None for none.
 
     Returns:
-        Sum of the tokens' cross-entropy (float32), sum of the further terms (float32), scalings ``[B, T, L or 1, N]``.
+        Sum of the tokens' cross-entropy (float32), sum of the additional terms (float32), scalings ``[B, T, L or 1,
+        N]``.
 
     Raises:
         ValueError: the model classifies.
@@ -175,7 +181,7 @@ def batch_loss(
     extra = jnp.float32(0)
     if regularizers:
         config = xlora.config
-        # The same classifier without its softmax: the terms are defined on logits.
+        # The terms are defined on logits, so the classifier runs without its softmax.
         bare = dataclasses.replace(xlora, config=dataclasses.replace(config, enable_softmax=False))
         logits = classify(bare, params, hidden, rngs=dropout)
         scalings = mixing.temperature_softmax(logits, config.softmax_temperature) if config.enable_softmax else logits
@@ -199,14 +205,14 @@ def batch_loss(
 
 
 def _count(batch: Batch) -> jax.Array:
-    """Tokens of a batch that are predicted and not ignored."""
+    """Return the number of tokens of a batch that are predicted and not ignored."""
     labels, segments = batch["labels"], batch.get("segment_ids")
     fold = [array if array is None else array.reshape(-1, array.shape[-1]) for array in (labels, segments)]
     return (next_token_targets(cast(jax.Array, fold[0]), fold[1]) != IGNORED_LABEL).sum()
 
 
 class _CheckedStep:
-    """A jitted step whose batch is checked on the host first."""
+    """A jitted step that first checks its batch on the host."""
 
     def __init__(self, xlora: XLora, jitted: Any) -> None:
         self.lower = jitted.lower
@@ -230,23 +236,24 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Make the jitted step ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
 
-    The classifier's dropout and the experts' ``lora_dropout`` act, as in PEFT's training mode. The loss is the mean
-    over all tokens of the step, also where it is accumulated: micro-batches with fewer labels count less. A step whose
-    loss or gradient is not finite changes nothing but the counts of such steps.
+    The classifier's dropout and the experts' ``lora_dropout`` are on, as in PEFT's training mode. The loss is the mean
+    over all tokens of the step, so accumulated micro-batches with fewer labels count less. If the loss or gradient of a
+    step is not finite, only the counters of such steps change.
 
     Args:
-        xlora: static description.
+        xlora: static description of the model.
         optimizer: any optax transformation.
-        accumulate: A, micro-batches per step. Above 1 every array of a batch has a leading A axis.
-        loss_chunk: positions of a row whose logits exist at a time.
-        regularizers: further terms of the loss; None for none.
-        mesh: where parameters and batches lie, see :mod:`xlora_jax.sharding`; None for one device.
-        state_shardings: shardings of the state that the step returns; None leaves them to the compiler.
+        accumulate: A, number of micro-batches per step. Above 1 every array of a batch has a leading A axis.
+        loss_chunk: number of positions of a row whose logits exist at a time.
+        regularizers: additional loss terms; None for none.
+        mesh: mesh of the parameters and batches, see :mod:`xlora_jax.sharding`; None for one device.
+        state_shardings: shardings of the returned state; None leaves them to the compiler.
 
     Returns:
-        The step. A batch is as :func:`batch_loss` has it; its ids and labels are checked against the vocabulary on the
-        host. Metrics, float32 scalars: ``loss`` (cross-entropy per token), ``regularization`` (if there are such
-        terms), ``grad_norm``, ``tokens`` (predicted ones), ``finite``.
+        The step. A batch is as in :func:`batch_loss`; its ids and labels are checked against the vocabulary on the
+        host.
+        Metrics are float32 scalars: ``loss`` (cross-entropy per token), ``regularization`` (if there are additional
+        terms), ``grad_norm``, ``tokens`` (number of predicted tokens), ``finite``.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
@@ -311,10 +318,12 @@ def make_train_step(
 def make_eval_step(
     xlora: XLora, *, loss_chunk: int = 256, mesh: Mesh | None = None
 ) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Make the jitted function ``(trainable, frozen, batch) -> (loss, tokens, scalings)``; no dropout acts.
+    """Make the jitted function ``(trainable, frozen, batch) -> (loss, tokens, scalings)``, with dropout off.
 
-    ``loss`` is the sum of the tokens' cross-entropy and ``tokens`` their number, so that batches add up. ``scalings
-    [N]`` is the sum over the predicted tokens of each expert's scaling, averaged over the adapted layers.
+    All three are sums over the predicted tokens, so the results of batches can be added. ``loss`` sums the
+    cross-entropy, and ``tokens`` is the number of tokens. ``scalings [N]`` sums each expert's scaling, averaged over
+    the
+    adapted layers.
     """
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -330,10 +339,10 @@ def make_eval_step(
 def make_scaling_step(xlora: XLora, *, mesh: Mesh | None = None) -> Callable[[Params, Batch], jax.Array]:
     """Make the jitted function ``(frozen, batch) -> hidden [B, T, D]``: the scaling pass alone.
 
-    Its result does not change in training, and can be kept (:mod:`xlora_jax.training.scaling_cache`).
+    Its result does not change in training, so it can be cached (:mod:`xlora_jax.training.scaling_cache`).
 
     Raises:
-        ValueError: the pass depends on what learns, or on chance.
+        ValueError: the pass depends on trainable parameters or on random numbers.
     """
     config = xlora.config
     if config.use_trainable_adapters and (config.scaling_pass_gate(xlora.num_experts) != 0 or xlora.layers.with_bias):

@@ -1,6 +1,6 @@
-"""A whole training run: loop, meshes, checkpoints, evaluation, metrics, preemption.
+"""Training runs: loop, meshes, checkpoints, evaluation, metrics, preemption.
 
-The step is :func:`xlora_jax.training.step.make_train_step`; everything here happens around it, on the host.
+The step itself is :func:`xlora_jax.training.step.make_train_step`. This module runs around it, on the host.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gives.
+    """Result of a run.
 
     Attributes:
-        model: the trained model, in the dtype it was loaded in.
-        state: where training stands.
-        finished: False where SIGTERM ended it early; the same call goes on from there.
-        history: the entries of the metrics, of this call.
-        summary: steps per second, tokens per second (all, and learned ones), share of time in data, peak memory.
+        model: trained model, in the dtype it was loaded in.
+        state: final training state.
+        finished: whether all steps are done. False after SIGTERM: the same call resumes the run.
+        history: entries of the metrics from this call.
+        summary: steps per second, tokens per second (all, and learned), share of time waiting for data, peak memory.
     """
 
     model: XLoraModel
@@ -70,7 +70,7 @@ class TrainResult:
 
 
 def mesh_of(config: TrainConfig) -> Mesh | None:
-    """The mesh that the settings describe, or None on one device."""
+    """Return the mesh that the settings describe, or None on one device."""
     if jax.device_count() == 1 and config.fsdp in (1, -1) and config.tensor in (1, -1):
         return None
     return make_mesh(config.data, config.fsdp, config.tensor)
@@ -88,32 +88,35 @@ def train(
     on_metrics: Callable[[int, str, Mapping[str, float]], None] | None = None,
     show_progress: bool = False,
 ) -> TrainResult:
-    """Train the classifier of a model, and its experts with ``use_trainable_adapters``.
+    """Train the classifier of a model, and with ``use_trainable_adapters`` its experts.
 
-    With an ``output`` the run can be resumed: the same call goes on from its latest checkpoint, bit for bit on the same
-    devices (on another mesh sums are taken in another order, so last bits differ). A call with other rows, parameters
-    or settings is refused, unless ``config.allow_changed``. SIGTERM saves a checkpoint and returns.
+    With an ``output`` the run can be resumed: the same call continues from its latest checkpoint. The result is exact
+    to
+    the bit on the same devices. (Another mesh adds in another order, so last bits differ.) A call with other rows,
+    parameters or settings is refused, unless ``config.allow_changed``. On SIGTERM, a checkpoint is saved and the
+    function returns.
 
     Args:
-        model: where training starts.
-        rows: what to learn.
-        config: settings.
-        eval_rows: held-out rows by name.
-        output: directory of the run: checkpoints, metrics, settings. None writes nothing.
-        optimizer: any optax transformation in place of the one that ``config`` names.
-        mesh: default :func:`mesh_of` the settings.
-        on_metrics: called with (step, ``train`` or ``eval``, values) at every entry.
-        show_progress: a bar with loss, tokens per second and the share of time in data.
+        model: initial model.
+        rows: training data.
+        config: settings of the run.
+        eval_rows: mapping of names to held-out rows.
+        output: directory for checkpoints, metrics and settings. None writes nothing.
+        optimizer: any optax transformation, instead of the one that ``config`` names.
+        mesh: device mesh; default :func:`mesh_of` the settings.
+        on_metrics: function called with (step, ``train`` or ``eval``, values) for every entry.
+        show_progress: whether to show a bar with loss, tokens per second and the share of time waiting for data.
 
     Returns:
-        The trained model, the state, what was logged.
+        The trained model, the state and the logged metrics.
 
     Raises:
-        NonFiniteError: ``max_bad_steps`` steps in a row were not finite; the last batch lies in ``output``.
+        NonFiniteError: ``max_bad_steps`` steps in a row were not finite; the last batch is saved in ``output``.
         CheckpointError: a checkpoint can't be written or read.
         RunLockedError: another process is training into ``output``.
-        ValueError: settings that do not go together, a token that the base model has no row for, or other inputs than
-            those of the run in ``output``.
+        ValueError: the settings conflict, a token is outside the base model's vocabulary, or the inputs differ from
+            those
+            of the run in ``output``.
     """
     trainer = Trainer(
         model,
@@ -129,9 +132,9 @@ def train(
 
 
 class Trainer:
-    """One run: its compiled functions, state, data, checkpoints, log and stop signal.
+    """A run: compiled functions, state, data, checkpoints, log and stop signal.
 
-    Arguments as those of :func:`train`. :meth:`run` is the loop; nothing is written before it.
+    The arguments are those of :func:`train`. :meth:`run` is the loop; nothing is written before it.
     """
 
     def __init__(
@@ -176,7 +179,7 @@ class Trainer:
         self._place_and_compile()
 
     def _place_and_compile(self) -> None:
-        """Put parameters and optimizer state where they belong, and make the compiled functions."""
+        """Put parameters and optimizer state on their devices, and make the compiled functions."""
         config, mesh = self.config, self.mesh
         params = self.model.params if mesh is None else shard_params(self.model.params, mesh)
         dtype = None if config.param_dtype is None else jnp.dtype(config.param_dtype)
@@ -212,11 +215,11 @@ class Trainer:
         return ScalingCache(fingerprint(self.xlora, self.model.params), self.config.scaling_cache_dtype, directory)
 
     def run(self, *, show_progress: bool = False, locked: bool = False) -> TrainResult:
-        """Take the steps that are left, from the latest checkpoint on if there is one.
+        """Run the remaining steps, from the latest checkpoint if there is one.
 
         Args:
-            show_progress: a bar with loss, tokens per second and the share of time in data.
-            locked: the caller holds the :func:`~xlora_jax.training.run_lock.run_lock` of the output directory.
+            show_progress: whether to show a bar with loss, tokens per second and the share of time waiting for data.
+            locked: whether the caller holds the :func:`~xlora_jax.training.run_lock.run_lock` of the output directory.
         """
         with ExitStack() as stack:
             if self.output is not None and jax.process_index() == 0 and not locked:
@@ -228,7 +231,7 @@ class Trainer:
         return TrainResult(self.trained(), self.state, finished, self.log.history, self.log.summary())
 
     def _resume(self, output: Path, stack: ExitStack) -> int:
-        """Open the run's files, restore the latest checkpoint, and return the number of its step."""
+        """Open the run's files, restore the latest checkpoint, and return its step."""
         self.checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", keep=self.config.keep_checkpoints))
         model = self.model
         inputs = run_fingerprint(self.xlora, model.params, model.expert_names, self.rows)
@@ -253,7 +256,7 @@ class Trainer:
         return started
 
     def _loop(self, started: int, progress: Callable[[int, Mapping[str, float]], None]) -> bool:
-        """Take the steps after ``started``; return False if stopped by SIGTERM."""
+        """Run the steps after ``started``; return False if stopped by SIGTERM."""
         config = self.config
         previous: tuple[jax.Array, Mapping[str, Any], Mapping[str, NDArray[Any]], int] | None = None
         number = self._saved = started
@@ -263,7 +266,7 @@ class Trainer:
             arrays = self._put(batch)
             self.log.end_data()
             self.state, metrics = self._step(self.state, self.frozen, arrays)
-            # The previous step is looked at while this one runs, so that the device never waits for the host.
+            # The previous step's metrics are read while this one runs, so the device never waits for the host.
             if previous is not None:
                 self._check_finite(number - 1, previous[0], previous[2])
                 progress(number - 1, self.log.step(number - 1, previous[1], previous[3]))
@@ -276,7 +279,7 @@ class Trainer:
                 self._evaluate(number)
             due = config.checkpoint_every and number % config.checkpoint_every == 0
             if self.checkpoints is not None and number < config.steps and (due or stopping):
-                # The step's own entry first: a kill after the checkpoint is complete must not lose it.
+                # Write the step's entry before the checkpoint, so that a kill in between does not lose it.
                 progress(number, self.log.step(number, metrics, tokens))
                 self._check_finite(number, previous[0], previous[2])
                 previous = None
@@ -292,7 +295,7 @@ class Trainer:
         return number >= config.steps
 
     def _put(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        """Put a batch of the loader onto the devices, with its kept scaling pass if there is a cache."""
+        """Put a batch of the loader on the devices, with its cached scaling pass if there is a cache."""
         batch = {name: array for name, array in batch.items() if name != "row"}
         if self.cache is not None:
             flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
@@ -316,7 +319,7 @@ class Trainer:
             self._saved = number
 
     def _evaluate(self, number: int) -> None:
-        """Log the held-out loss of each data set as ``{name}_loss``, in nats per token; every row once."""
+        """Log the held-out loss of each data set as ``{name}_loss``, in nats per token over all rows."""
         for name, rows in self.eval_rows.items():
             loss, _ = evaluate(
                 self._eval_step,
@@ -345,7 +348,7 @@ class Trainer:
         )
 
     def trained(self) -> XLoraModel:
-        """Return the model with the learned parameters, whole on every process that asks, in its own dtypes."""
+        """Return the model with the learned parameters, in its own dtypes and unsharded on every calling process."""
         learned = self.state.trainable
         if self.mesh is not None:
             whole = NamedSharding(self.mesh, P())
@@ -373,11 +376,11 @@ _MOST_NAMED = 10
 def _settle(
     output: Path, config: TrainConfig, inputs: Mapping[str, Any], latest: int | None, *, own_optimizer: bool
 ) -> None:
-    """Hold a run's settings and inputs against those of the checkpoints that are there, then write them down.
+    """Compare a run's settings and inputs with those of the existing checkpoints, then write them to disk.
 
     Raises:
-        ValueError: others, unless ``config.allow_changed``; the message names what differs.
-        CheckpointError: they can't be written.
+        ValueError: they differ, and ``config.allow_changed`` is off; the message names the differences.
+        CheckpointError: the settings or inputs can't be written.
     """
     settings, fingerprint = output / "train_config.json", output / "fingerprint.json"
     if latest is not None:

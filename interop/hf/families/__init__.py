@@ -1,1 +1,1 @@
-"""Model families of transformers: one file each for a group of related families."""
+"""Model families of transformers, with one file per group of related families."""

@@ -21,7 +21,7 @@ __all__ = ["FAMILIES"]
 
 
 def _read_head(fields: Fields, family: str) -> dict[str, Any]:
-    """Return the declaration of the classification head; a :class:`NoHeadError` where there is none."""
+    """Return the declaration of the classification head, or raise :class:`NoHeadError` if there is none."""
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"):
         fields.take(name)
     if decodes := fields.take("is_decoder", False):
@@ -67,7 +67,7 @@ def _read_bert(fields: Fields) -> EncoderConfig:
         vocab_size=fields.take("vocab_size"),
         token_types=fields.take("type_vocab_size"),
         learned_positions=fields.take("max_position_embeddings"),
-        # RoBERTa counts from its padding token's number on, and tokens other than that only.
+        # RoBERTa counts positions from its padding token id, and only for other tokens.
         position_offset=padding + 1 if roberta else 0,
         padding_token=padding if roberta else None,
         qkv_bias=True,
@@ -77,7 +77,7 @@ def _read_bert(fields: Fields) -> EncoderConfig:
 
 
 def _read_distilbert(fields: Fields) -> EncoderConfig:
-    # The positions are in the file, sinusoidal or not.
+    # The file contains the position table, whether sinusoidal or learned.
     for name in ("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout"):
         fields.take(name)
     heads, hidden = fields.take("n_heads"), fields.take("dim")
@@ -105,13 +105,13 @@ def _read_distilbert(fields: Fields) -> EncoderConfig:
 
 
 def _read_modernbert(fields: Fields) -> EncoderConfig:
-    # Of training, or of the head for masked tokens.
+    # Fields of training, or of the masked-token head.
     for name in ("initializer_cutoff_factor", "mlp_dropout", "decoder_bias", "sparse_prediction", "cls_token_id"):
         fields.take(name)
     for name in ("sparse_pred_ignore_index", "deterministic_flash_attn"):
         fields.take(name)
     heads, hidden = fields.take("num_attention_heads"), fields.take("hidden_size")
-    # transformers has resolved `global_attn_every_n_layers` into it.
+    # transformers has already converted `global_attn_every_n_layers` into this field.
     sliding = tuple(kind == "sliding_attention" for kind in fields.take("layer_types"))
     reach, pooling = fields.take("local_attention") // 2, fields.take("classifier_pooling")
     return EncoderConfig(
@@ -144,7 +144,7 @@ def _read_modernbert(fields: Fields) -> EncoderConfig:
 
 
 def _read_vit(fields: Fields) -> EncoderConfig:
-    # Of the pooler and of masked images, which the classifier does not use.
+    # Fields of the pooler and of masked images, which the classifier does not use.
     for name in ("encoder_stride", "pooler_output_size", "pooler_act"):
         fields.take(name)
 
@@ -217,7 +217,7 @@ _VIT = Family(
         Module("layernorm_after", ("pre_mlp_norm",), "norm"),
     ),
     after=(Module("vit.layernorm", ("norm",), "norm"), Module("classifier", ("classifier",), "linear")),
-    # Files have the names of transformers 4.
+    # Files use the names of transformers 4.
     renamed=(
         ("vit.layers.", "vit.encoder.layer."),
         (".attention.q_proj", ".attention.attention.query"),
@@ -227,7 +227,7 @@ _VIT = Family(
         (".mlp.fc1", ".intermediate.dense"),
         (".mlp.fc2", ".output.dense"),
     ),
-    # For masked images, which only pretraining has.
+    # For masked images, which are used only in pretraining.
     ignored=(".embeddings.mask_token",),
     module=VisionTransformer,
     input_size="image_size",

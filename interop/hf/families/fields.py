@@ -1,8 +1,9 @@
-"""Read the fields of a config.json.
+"""Reader of the fields in a config.json.
 
-A field is a setting if the config class in transformers declares it or the model's code there reads it. Each setting is
-used, known to have no effect, or refused by name. Every other field is passed over with one warning: transformers
-ignores it too.
+A field is a setting if the config class in transformers declares it, or transformers' model code reads it. Each setting
+is used, known to have no effect, or refused by name. All other fields are skipped with one warning, because
+transformers
+ignores them too.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ __all__ = [
 
 
 class NoHeadError(FormatError):
-    """A base without a classification head of its own, which loads only with the head of an adapter."""
+    """The base has no classification head, so it loads only with the head of an adapter."""
 
 
 class Fields:
-    """The settings of a config, each to be taken once; what is left over is refused unless it has no effect."""
+    """Settings of a config. Each is taken once; a remaining setting is refused unless it has no effect."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._left = dict(values)
@@ -51,20 +52,20 @@ class Fields:
         self.passed_over: list[str] = []
 
     def take(self, name: str, default: Any = None) -> Any:
-        """Return a field and strike it off."""
+        """Return a field and mark it as read."""
         return self._left.pop(name, default)
 
     def keep(self, settings: frozenset[str]) -> None:
-        """Pass over the fields that are none of ``settings``."""
+        """Skip the fields that are not in ``settings``."""
         self.passed_over += [n for n in self._left if n not in settings and n not in WITHOUT_EFFECT]
         self._left = {name: value for name, value in self._left.items() if name in settings}
 
     def peek(self, name: str) -> Any:
-        """Return a field without striking it off."""
+        """Return a field without marking it as read."""
         return self._left.get(name)
 
     def nested(self, name: str) -> Fields:
-        """Return a field that is itself a mapping, and strike it off; both report the fields passed over together."""
+        """Return a field that is a mapping, and mark it as read; both objects share the list of skipped fields."""
         value = self.take(name)
         if not isinstance(value, Mapping):
             raise self.error(name, value, "an object")
@@ -73,18 +74,18 @@ class Fields:
         return inner
 
     def number(self, name: str) -> float:
-        """Return a field that is a number above 0, and strike it off."""
+        """Return a field that is a number above 0, and mark it as read."""
         value: Any = self.take(name)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise self.error(name, value, "a number above 0")
         return cast(float, value)
 
     def error(self, name: str, value: object, expected: str) -> FormatError:
-        """Make the error for a field whose value is not usable."""
+        """Make the error for a field with an unusable value."""
         return FormatError(f"{self._where}: field {name!r}: expected {expected}, got {brief(value)}")
 
     def pass_over_rest(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Pass over the fields that are left, but refuse those of ``neutral`` at another than a neutral value."""
+        """Skip the remaining fields, but refuse a field of ``neutral`` that has none of its neutral values."""
         for name, value in self._left.items():
             if name not in neutral:
                 self.passed_over.append(name)
@@ -92,7 +93,7 @@ class Fields:
                 raise self.error(name, value, f"{neutral[name][0]!r}, the only value that is implemented")
 
     def finish(self) -> None:
-        """Refuse the fields that are left, unless they have no effect or are at a neutral value."""
+        """Refuse the remaining fields, unless they have no effect or a neutral value."""
         for name, value in self._left.items():
             if name in WITHOUT_EFFECT or (name in NEUTRAL and value in NEUTRAL[name]):
                 continue
@@ -105,8 +106,8 @@ class Fields:
             )
 
 
-# Declared fields that say nothing about the forward pass. The base model is frozen and runs without dropout; the
-# arguments of `generate` say how to generate.
+# Declared fields that do not affect the forward pass. The base model is frozen and runs without dropout. Generation is
+# configured by the arguments of `generate`.
 WITHOUT_EFFECT = frozenset(
     (
         *("_name_or_path", "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "auto_map"),
@@ -117,7 +118,7 @@ WITHOUT_EFFECT = frozenset(
         *("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "layerdrop", "residual_dropout"),
         *("embedding_dropout", "classifier_dropout", "router_aux_loss_coef", "output_router_logits"),
         *("router_jitter_noise",),
-        # Old fields, which the config classes have read into `layer_types` and `rope_parameters`.
+        # Old fields, which the config classes have already converted to `layer_types` and `rope_parameters`.
         *("sliding_window_pattern", "global_attn_every_n_layers", "partial_rotary_factor"),
     )
 )
@@ -131,8 +132,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),
     "per_layer_config": (None, {}),
 }
-# Fields that config classes of transformers do not declare, and its code reads all the same: of one model, or of all
-# (masks, layers of unequal shape, quantization).
+# Fields that transformers' config classes do not declare, although its code reads them, for one model or for all
+# (masks,
+# layers of unequal shape, quantization).
 READ_UNDECLARED = frozenset(
     (
         *("head_dim", "num_labels", "classifier_dropout", "hidden_dropout", "is_causal", "per_layer_config"),
@@ -144,7 +146,7 @@ READ_UNDECLARED = frozenset(
 
 @lru_cache(maxsize=64)
 def declared_fields(model_type: str) -> frozenset[str]:
-    """Return the fields that the installed transformers declares for a ``model_type``, old spellings included."""
+    """Return the fields that the installed transformers declares for a ``model_type``, including old spellings."""
     from transformers import CONFIG_MAPPING
 
     config_class: Any = CONFIG_MAPPING[model_type]
@@ -168,7 +170,7 @@ _ACTIVATIONS = {
     "tanh": "tanh",
 }
 
-# PEFT's task_type to the end of the name of transformers' class for it.
+# Map of PEFT's task_type to the suffix of transformers' class name for it.
 TASKS = {
     "SEQ_CLS": "SequenceClassification",
     "TOKEN_CLS": "TokenClassification",
@@ -178,12 +180,12 @@ ENCODER_HEADS = {"SequenceClassification": "pooled", "TokenClassification": "tok
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:
-    """Return the task in the class name: the part after ``For``, None without a class."""
+    """Return the task from the class name, the part after ``For``; None without a class."""
     return next((name.split("For")[-1] for name in config.get("architectures") or ()), None)
 
 
 def count_labels(config: Mapping[str, Any]) -> int:
-    """Return the number of classes, two where the config names none."""
+    """Return the number of classes, two if the config has none."""
     return len(config.get("id2label") or (0, 1))
 
 
@@ -191,13 +193,13 @@ def read_rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool 
     """Read ``rope_parameters``, as ``transformers.modeling_rope_utils`` does.
 
     Args:
-        rope: its fields.
+        rope: fields of ``rope_parameters``.
         head_dim: C.
-        max_positions: ``max_position_embeddings``.
+        max_positions: value of ``max_position_embeddings``.
         partial: whether the family's attention can rotate a part of each head.
     """
     kind, theta = rope.take("rope_type", "default"), rope.number("rope_theta")
-    rope.take("type")  # the old name of rope_type, which transformers has read already
+    rope.take("type")  # the old name of rope_type, which transformers has already read
     dim = int(head_dim * rope.take("partial_rotary_factor", 1.0)) if partial else head_dim
     read: dict[str, Any] = {}
     if kind == "linear":
@@ -240,13 +242,13 @@ def read_rope(rope: Fields, head_dim: int, max_positions: int, *, partial: bool 
         )
     elif kind != "default":
         raise rope.error("rope_type", kind, "default, linear, llama3, yarn or longrope")
-    # transformers reads of each kind its own parameters, and warns of others.
+    # transformers reads only the parameters of the given kind, and warns about others.
     rope.pass_over_rest({"partial_rotary_factor": (1.0, None)})
     return Rope(dim=dim, theta=theta, kind=kind, **read)
 
 
 def read_ropes(fields: Fields, head_dim: int) -> dict[str, Any]:
-    """Return the rope of the blocks that attend to everything and that of the blocks that slide."""
+    """Return the rope of the full-attention blocks and the rope of the sliding blocks."""
     positions, rope = fields.take("max_position_embeddings"), fields.nested("rope_parameters")
     read = {
         "rope": read_rope(rope.nested("full_attention"), head_dim, positions),
@@ -261,7 +263,7 @@ def _yarn_scale(factor: float, mscale: float) -> float:
 
 
 def read_activation(fields: Fields, name: str = "hidden_act") -> str:
-    """Return our name of the activation that the field ``name`` gives."""
+    """Return our name for the activation in the field ``name``."""
     value = fields.take(name)
     if value not in _ACTIVATIONS:
         raise fields.error(name, value, f"one of {', '.join(_ACTIVATIONS)}")
@@ -271,7 +273,7 @@ def read_activation(fields: Fields, name: str = "hidden_act") -> str:
 def read_windows(fields: Fields, layers: int) -> dict[str, Any]:
     """Return the window size and the blocks that attend within it."""
     window = fields.take("sliding_window")
-    # transformers has resolved these into `layer_types` and `sliding_window`.
+    # transformers has already converted these to `layer_types` and `sliding_window`.
     for name in ("use_sliding_window", "max_window_layers", "_sliding_window_pattern", "sliding_window_pattern"):
         fields.take(name)
     kinds = fields.take("layer_types")
@@ -284,6 +286,6 @@ def read_windows(fields: Fields, layers: int) -> dict[str, Any]:
 
 
 def read_attention_bias(fields: Fields) -> dict[str, Any]:
-    """Return the biases of the attention projections, which ``attention_bias`` turns on together."""
+    """Return the bias flags of the attention projections, which ``attention_bias`` turns on together."""
     bias = fields.take("attention_bias", False)
     return {"qkv_bias": bias, "o_bias": bias}

@@ -26,7 +26,7 @@ def _read_gpt_neox(fields: Fields) -> DecoderConfig:
 
 def _read_gpt2(fields: Fields) -> DecoderConfig:
     hidden, heads = fields.take("n_embd"), fields.take("n_head")
-    # Upcasting the attention changes nothing: ours always takes its softmax in float32. The others are of other heads.
+    # Upcasting has no effect, because our softmax always runs in float32. The other fields are for other heads.
     for name in ("reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation"):
         fields.take(name)
     for name in ("summary_proj_to_labels", "summary_first_dropout", "n_ctx", "task_specific_params"):
@@ -144,7 +144,7 @@ _OPT = Family(
             fc1="mlp.up_proj",
             fc2="mlp.down_proj",
         ),
-        # Which of the two it is depends on `do_layer_norm_before`; only one of them has parameters.
+        # `do_layer_norm_before` selects one of the two; only that one has parameters.
         Module("self_attn_layer_norm", ("pre_attention_norm",), "norm"),
         Module("self_attn_layer_norm", ("post_attention_norm",), "norm"),
         Module("final_layer_norm", ("pre_mlp_norm",), "norm"),

@@ -1,4 +1,4 @@
-"""Decoders whose modules are named as in Llama."""
+"""Decoders with the module names of Llama."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def llama_config(
     partial: bool = False,
     **declared: Any,
 ) -> DecoderConfig:
-    """Read the fields that most families share, under the names that most give them, and declare the rest."""
+    """Read the fields that most families share, under their usual names; ``declared`` gives the others."""
     heads, hidden = fields.take("num_attention_heads"), fields.take("hidden_size")
     layers = fields.take("num_hidden_layers")
     head_dim = fields.take("head_dim") or hidden // heads
@@ -73,7 +73,7 @@ def _read_qwen3(fields: Fields) -> DecoderConfig:
 
 
 def _read_phi3(fields: Fields) -> DecoderConfig:
-    # transformers has copied them into `rope_parameters` where they count.
+    # transformers has copied them to `rope_parameters` if they have an effect.
     for name in ("original_max_position_embeddings", "partial_rotary_factor"):
         fields.take(name)
     return llama_config(fields, partial=True, qkv="fused", mlp="fused_gated")
@@ -98,7 +98,7 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
 
 
 def head_dim_of(fields: Fields) -> int:
-    """Return C without striking off the fields that it comes from."""
+    """Return C without marking its fields as read."""
     size: int = fields.peek("head_dim") or fields.peek("hidden_size") // fields.peek("num_attention_heads")
     return size
 
@@ -108,7 +108,7 @@ def _embed_scale(fields: Fields) -> float:
 
 
 def _gemma2(fields: Fields) -> dict[str, Any]:
-    """What Gemma 2 and 3 share."""
+    """Return the declarations that Gemma 2 and 3 share."""
     return {
         "activation": "hidden_activation",
         "norm": "rms_offset",
@@ -163,7 +163,7 @@ def _read_stablelm(fields: Fields) -> DecoderConfig:
 
 
 def _read_smollm3(fields: Fields) -> DecoderConfig:
-    fields.take("no_rope_layer_interval")  # transformers has resolved it into `no_rope_layers`
+    fields.take("no_rope_layer_interval")  # transformers has already converted it to `no_rope_layers`
     without = tuple(not rotates for rotates in fields.take("no_rope_layers"))
     return llama_config(fields, no_rope=without, mlp_bias=fields.take("mlp_bias", False), **read_attention_bias(fields))
 

@@ -1,8 +1,7 @@
-"""The text side of multimodal models: Gemma 3, Mistral 3, Qwen2.5-VL, Qwen3-VL.
+"""Text part of multimodal models: Gemma 3, Mistral 3, Qwen2.5-VL, Qwen3-VL.
 
-Their language model is a decoder that also exists by itself, with a prefix before the names of its modules and its
-config nested as ``text_config``. Images are not read: with text alone, the whole model of transformers gives the same
-logits.
+Their language model is a decoder that also exists by itself. Its module names have a prefix, and its config is nested
+as ``text_config``. Images are not supported. For text alone, the complete model in transformers gives the same logits.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["FAMILIES", "Reader"]
 
 Reader = Callable[[Fields], DecoderConfig]
 
-# Declared fields of the vision side, of the tokens that images and videos become, and of initialisation.
+# Declared fields of the vision part, of image and video tokens, and of initialization.
 _OF_VISION = (
     *("vision_config", "image_token_id", "image_token_index", "video_token_id", "vision_start_token_id"),
     *("vision_end_token_id", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "projector_hidden_act"),
@@ -30,10 +29,10 @@ _OF_VISION = (
 
 
 def _read_multimodal(fields: Fields, texts: Mapping[str, Reader]) -> DecoderConfig:
-    """Read the nested config of the text side; ``texts`` has a reader for each ``model_type`` that it may have."""
+    """Read the nested text config; ``texts`` maps each allowed ``model_type`` to its reader."""
     for name in _OF_VISION:
         fields.take(name)
-    # transformers ties by this one, whatever the nested config says.
+    # transformers uses this field for tying, and ignores the one in the nested config.
     tied = fields.take("tie_word_embeddings")
     text = fields.nested("text_config")
     model_type = text.peek("model_type")
@@ -65,7 +64,7 @@ def _read_qwen3_vl(fields: Fields) -> DecoderConfig:
 
 
 def _with_mrope(fields: Fields, **declared: Any) -> DecoderConfig:
-    """Read a config whose rope has an axis each for time, height and width: with text alone the three are equal."""
+    """Read a config whose rope has axes for time, height and width, which are equal for text alone."""
     positions, rope = fields.take("max_position_embeddings"), fields.nested("rope_parameters")
     for name in ("mrope_section", "mrope_interleaved"):
         rope.take(name)
@@ -101,7 +100,7 @@ def _multimodal(
     )
 
 
-# transformers 5 writes the names of its version 4.50 and before, and reads newer ones too.
+# transformers 5 writes the names of version 4.50 and earlier, and also reads newer ones.
 _AS_LLAVA = (
     ("model.language_model.", "language_model.model.", "language_model."),
     ("lm_head", "language_model.lm_head"),

@@ -1,4 +1,4 @@
-"""The table of families in docs/models.md, from the registry: ``python -m interop.hf.families.readme``."""
+"""Generate the table of families in docs/models.md: ``python -m interop.hf.families.readme``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def families_table() -> str:
 
 
 def _targets(family: Family) -> str:
-    """Adaptable modules, by the shortest names that adapters give them."""
+    """Return the adaptable modules, by the shortest names that adapters use."""
     names = [row.hf for row in (*family.before, *family.block, *family.after) if row.kind in ADAPTABLE]
     last = [name.split(".")[-1] for name in names]
     short = [name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)]

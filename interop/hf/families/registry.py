@@ -1,7 +1,7 @@
-"""Model families of transformers: how each one's config reads and where its modules stand in our variables.
+"""Registry of transformers' model families: config readers, and the paths of modules in our variables.
 
-One table of names per family, from which loading, saving, the order of the adapted layers and the README's table of
-families all derive. A config field is read, or it is known not to change the output, or it is refused by name.
+Loading, saving, the order of the adapted layers and the documentation's table of families all derive from one table of
+names per family. A config field is read, known not to change the output, or refused by name.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tup
     """Read a config of ``transformers`` (``AutoConfig(...).to_dict()``).
 
     Args:
-        family: the family that its ``model_type`` names.
-        config: all its fields.
-        where: what to call it in errors.
+        family: family of the config's ``model_type``.
+        config: mapping with all fields.
+        where: name of the config in errors.
 
     Returns:
-        The declaration, and the names of the fields that were passed over because transformers ignores them.
+        The declaration, and the names of the fields that were skipped because transformers ignores them.
 
     Raises:
-        FormatError: a field has a value that is not implemented, or none at all; the message names it.
+        FormatError: a field is missing or has an unsupported value; the message names it.
     """
     fields = Fields(config, where)
     fields.keep(declared_fields(family.model_type) | READ_UNDECLARED)
@@ -60,7 +60,7 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tup
     declared = dataclasses.replace(declared, context_length=positions)
     head = DECODER_HEADS.get(task_of(config) or "")
     if family.module is Decoder and head is not None:
-        # A head that classifies has a kernel of its own, and none of what follows the one of a language model.
+        # A classification head has its own kernel, and no scaling or cap as after a language model's head.
         declared = dataclasses.replace(
             declared,
             head=head,
@@ -74,17 +74,17 @@ def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tup
 def classifying(
     family: Family, config: Mapping[str, Any], task_type: str | None, head: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[str, Any]:
-    """Give a config the head that an adapter brings.
+    """Return a config with the head that an adapter brings.
 
     Args:
-        family: of the base.
-        config: the base's, whatever its own head.
-        task_type: PEFT's. Where it is none of :data:`TASKS`, the base's own class tells what the head is for.
+        family: family of the base.
+        config: config of the base, with any head.
+        task_type: PEFT's task type. If it is not in :data:`TASKS`, the base's class name decides the task.
         head: names and shapes of the head's tensors.
-        where: who brings it, for errors.
+        where: name of the adapter in errors.
 
     Returns:
-        The config of a model with that head: its class, and as many labels as the head has rows.
+        The config of a model with that head: its class name, and one label per row of the head.
 
     Raises:
         FormatError: the family has no such head.
@@ -116,14 +116,14 @@ def classifying(
     }
 
 
-# The order is that of the documentation's table.
+# The documentation's table has the same order.
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (*llama.FAMILIES, *gpt.FAMILIES, *multimodal.FAMILIES, *encoders.FAMILIES)
 }
 
 
 def family_of(model_type: object, where: str) -> Family:
-    """Return the family of a ``model_type``, or raise a FormatError that lists those there are."""
+    """Return the family of a ``model_type``, or raise a FormatError that lists the known ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise FormatError(
             f"{where}: field 'model_type': expected one of {', '.join(FAMILIES)}, got {brief(model_type)}"

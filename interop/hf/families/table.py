@@ -1,6 +1,6 @@
-"""Tables of module names, from which loading, saving and the order of the adapted layers derive.
+"""Tables of module names. Loading, saving and the order of the adapted layers derive from them.
 
-A :class:`Family` lists its torch modules and where each one's variables are in our module.
+A :class:`Family` lists its torch modules, and the path of each one's variables in our module.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 @lru_cache(maxsize=32)
 def abstract_params(module: Transformer) -> Mapping[str, Any]:
-    """Shapes and dtypes of a module's parameters, without making them."""
+    """Return the shapes and dtypes of a module's parameters, without allocating them."""
     variables = jax.eval_shape(module.init, jax.random.key(0), **module.example_inputs())
     params: Mapping[str, Any] = variables["params"]
     return params
@@ -51,15 +51,16 @@ def abstract_params(module: Transformer) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Module:
-    """One row of a family's table: a torch module and the place of its variables.
+    """Row of a family's table: a torch module and the path of its variables.
 
-    A row of which a model has no parameters (a norm that its config leaves out, say) is passed over.
+    A row without parameters in a model is skipped, for example a norm that its config leaves out.
 
     Attributes:
-        hf: name of the torch module; inside a block, relative to it. ``*`` counts modules that are stacked in ours:
+        hf: name of the torch module; in a block, relative to the block. ``*`` is the index of torch modules that ours
+            stacks:
             the experts of a base model's own mixture, or the norms of single heads.
-        path: keys of our module, likewise.
-        kind: a key of :data:`LEAVES`.
+        path: keys of our module; in a block, relative to the block.
+        kind: key of :data:`LEAVES`.
     """
 
     hf: str
@@ -68,18 +69,18 @@ class Module:
 
 
 def rows(kind: str, *names: str) -> tuple[Module, ...]:
-    """Rows whose keys are the parts of the torch name."""
+    """Make rows whose keys are the parts of the torch name."""
     return tuple(Module(name, tuple(name.split(".")), kind) for name in names)
 
 
-# For each kind of module: our leaf -> torch's tensor, and the order of torch's axes in ours (empty: the same). Both
-# directions read this table.
+# For each kind of module: our leaf -> torch's tensor, and the order of torch's axes in our array (empty: the same).
+# Loading and saving both use this table.
 LEAVES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "linear": {"kernel": ("weight", (1, 0)), "bias": ("bias", ())},
     # transformers' Conv1D (GPT-2): stored [in, out], which PEFT calls fan_in_fan_out.
     "linear_in_out": {"kernel": ("weight", ()), "bias": ("bias", ())},
     "conv": {"kernel": ("weight", (2, 3, 1, 0)), "bias": ("bias", ())},
-    # Not torch modules of their own in transformers 5, so that no adapter can target them.
+    # In transformers 5 these are not separate torch modules, so no adapter can target them.
     "router": {"kernel": ("weight", (1, 0))},
     "routed": {"kernel": ("weight", (1, 0))},
     "embedding": {"embedding": ("weight", ())},
@@ -88,19 +89,19 @@ LEAVES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "norm": {"scale": ("weight", ()), "bias": ("bias", ())},
 }
 
-# The kinds that LoRA can adapt, and what an adapter calls them.
+# Kinds that LoRA can adapt, and their names in adapters.
 ADAPTABLE = {"linear": "linear", "linear_in_out": "linear", "embedding": "embedding", "conv": "conv"}
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A torch module of one model, and its place.
+    """A torch module of one model, and the path of its variables.
 
     Attributes:
         hf: full torch name, such as ``model.layers.3.mlp.up_proj``.
         path: keys of the module in our variables.
-        member: index on the leading axes where modules are stacked; empty where they are not.
-        kind: as in :class:`Module`.
+        member: index on the leading axes of stacked modules; empty if not stacked.
+        kind: key of :data:`LEAVES`.
     """
 
     hf: str
@@ -114,24 +115,24 @@ class Family:
     """A ``model_type`` of transformers.
 
     Attributes:
-        model_type: its name there.
-        causal_lm: the class that has an output head, as ``architectures`` in config.json names it.
-        read: from config fields to a declaration.
-        before: modules before the blocks, in the order in which torch declares them.
+        model_type: its name in transformers.
+        causal_lm: name of the class with an output head, as in ``architectures`` of config.json.
+        read: function from config fields to a declaration.
+        before: modules before the blocks, in torch's order of declaration.
         blocks: torch name of the list of blocks.
         block: modules of one block, in torch's order.
-        after: modules behind the blocks.
-        ignored: ends of tensor names that old checkpoints carry and no model reads.
-        renamed: pairs of a part of a torch name and what stands for it in files.
-        formerly: pairs of the end of a tensor's name in old files and what it is now.
-        module: the Flax module that a declaration is for.
-        input_size: the field that says how much there is of what goes in: words, or pixels.
+        after: modules after the blocks.
+        ignored: suffixes of tensor names in old checkpoints that no model reads.
+        renamed: pairs of a part of a torch name and its replacement in files.
+        formerly: pairs of a tensor name's suffix in old files and its present suffix.
+        module: Flax module class of the declaration.
+        input_size: name of the config field with the size of the input: vocabulary or image.
         head_first: whether torch declares the modules of ``after`` before all others (XLM-RoBERTa).
-        texts: values of ``model_type`` that the ``text_config`` of a multimodal model may have; empty for a model of
-            text alone.
-        starts: groups of starts of tensor names that mean the same: in torch, in files as transformers writes them,
-            then in other files.
-        unread: modules that are not built here, the vision side: keys that come right after an optional ``model``.
+        texts: values of ``model_type`` that the ``text_config`` of a multimodal model may have; empty for a text-only
+            model.
+        starts: groups of equivalent prefixes of tensor names: in torch, in files that transformers writes, in other
+            files.
+        unread: keys of modules that are not built here (vision), directly after an optional ``model``.
     """
 
     model_type: str
@@ -152,9 +153,9 @@ class Family:
     unread: tuple[str, ...] = ()
 
     def modules(self, module: Transformer) -> Iterator[Placed]:
-        """All modules that have parameters, and an output head that borrows its own.
+        """Yield all modules with parameters, and an output head with tied parameters.
 
-        They come in torch's pre-order, which is the order in which PEFT numbers adapted layers.
+        The order is torch's pre-order, in which PEFT numbers adapted layers.
         """
         config = module.config
         present = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
@@ -183,29 +184,29 @@ class Family:
 
     @property
     def stem(self) -> str:
-        """What the names of transformers' classes start with."""
+        """Prefix of the names of transformers' classes."""
         stem = self.causal_lm.split("For")[0].removesuffix("LMHeadModel")
         return f"{stem}Text" if self.model_type.endswith("_text") else stem
 
     @property
     def prefix(self) -> str:
-        """Start of names in files, which files lack that were saved without an output head."""
+        """Prefix of names in files; files saved without an output head lack it."""
         if self.starts:
             return self.starts[0][1]
         return self.before[0].hf.split(".")[0] + "."
 
     def is_head(self, tensor: str) -> bool:
-        """Whether a tensor, named as in files, is of what stands behind the blocks, for whatever task."""
+        """Return whether a tensor, named as in files, belongs to an output head of any task."""
         return not tensor.startswith(self.prefix) or tensor.startswith(f"{self.prefix}pooler.")
 
     def in_file(self, hf: str) -> str:
-        """Return the name in files of a torch module."""
+        """Return a torch module's name in files."""
         for part, stored in self.renamed:
             hf = hf.replace(part, stored)
         return next((stored + hf.removeprefix(start) for start, stored, *_ in self.starts if hf.startswith(start)), hf)
 
     def as_written(self, tensor: str) -> str:
-        """Return the name that transformers writes for a tensor, from any of the names that files have for it."""
+        """Return the name that transformers writes for a tensor, given any of its names in files."""
         spelled = [(start, group[1]) for group in self.starts for start in group if tensor.startswith(start)]
         if not spelled:
             return tensor
@@ -213,7 +214,7 @@ class Family:
         return stored + tensor.removeprefix(start)
 
     def is_unread(self, name: str) -> bool:
-        """Whether a tensor or a module is of a part that is not built here."""
+        """Return whether a tensor or a module belongs to a part that is not built here."""
         parts = name.split(".")
         return bool(self.unread) and parts[parts[0] == "model"] in self.unread
 
@@ -246,7 +247,7 @@ EMBED = Module("model.embed_tokens", ("embed_tokens",), "embedding")
 NORM = Module("model.norm", ("norm",), "norm")
 LM_HEAD = Module("lm_head", ("lm_head",), "linear")
 SCORE = Module("score", ("score",), "linear")
-# Of three heads a model has one.
+# A model has one of three heads.
 HEADS = (LM_HEAD, SCORE, Module("score", ("token_classifier",), "linear"))
 HEADS_OF_GPT = (LM_HEAD, SCORE, Module("classifier", ("token_classifier",), "linear"))
 ATTENTION = rows("linear", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -266,12 +267,12 @@ NORMS_AROUND = (
 
 
 def linears(kind: str = "linear", **paths: str) -> tuple[Module, ...]:
-    """Rows of projections: torch name (``__`` for a dot) to our path."""
+    """Make rows of projections from keywords: torch name (``__`` for a dot) to our path."""
     return tuple(Module(hf.replace("__", "."), tuple(path.split(".")), kind) for hf, path in paths.items())
 
 
 def routed_experts(block: str, router: str, gate: str, up: str, down: str) -> tuple[Module, ...]:
-    """Rows of a mixture of experts, under the names that they have in files."""
+    """Make rows of a mixture of experts, under their names in files."""
     experts = {gate: "gate_proj", up: "up_proj", down: "down_proj"}
     return (
         Module(f"{block}.{router}", ("mlp", "router"), "router"),
