@@ -65,13 +65,11 @@ def run_training(job: Job, *, show_progress: bool = False) -> TrainResult:
 
     Returns:
         The result. If it is ``finished``, the trained model is in ``job.output/model``. If not, SIGTERM stopped the
-        run, and
-        the same job resumes from its last checkpoint.
+        run, and the same job resumes from its last checkpoint.
 
     Raises:
         ValueError: settings or data can't be used, or differ from those of the run in ``job.output``. The message says
-            how to
-            fix it.
+            how to fix it.
         OSError: a file can't be read or written. Before training, it is checked that the result can be written.
         NonFiniteError: the loss was not finite for too many steps in a row.
     """

@@ -90,8 +90,7 @@ def command(
 
     A record is {"messages": [...]} (chat), {"prompt": ..., "completion": ...} or {"text": ...}. In the first two, only
     the answers are learned. "xlora-jax inspect DATA --base BASE" marks the learned tokens of a file. The trained gate
-    is
-    written to OUTPUT/model in PEFT's layout, and the settings of the run to OUTPUT/job.json.
+    is written to OUTPUT/model in PEFT's layout, and the settings of the run to OUTPUT/job.json.
     """
     if distributed:
         jax.distributed.initialize()

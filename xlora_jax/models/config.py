@@ -99,8 +99,7 @@ class DecoderConfig:
         position_offset: row of position 0 in that table (OPT: 2).
         positions_from_mask: whether positions skip padding, so that padding on the left shifts nothing (OPT).
         qkv: layout of the query, key and value projections: ``separate``; ``fused``, side by side in one (Phi-3,
-            GPT-2); or
-            ``interleaved``, head by head in one (GPT-NeoX).
+            GPT-2); or ``interleaved``, head by head in one (GPT-NeoX).
         qk_norm: norm of queries and keys before rotation: None; per ``head``, with one scale for all (Qwen3);
             ``each_head``, a layer norm without bias that has a scale for each head (StableLM); or over all heads,
             ``whole`` (OLMo 2).
@@ -118,11 +117,9 @@ class DecoderConfig:
         norm_placement: place of the norms: ``before`` attention and MLP; ``after`` each, before their output is added
             (OLMo 2); ``around``, both (Gemma 2); or on the ``sum`` (OPT's 350m).
         parallel: input of parallel attention and MLP. ``shared``: both see the same normed input (Phi). ``own``: each
-            has its
-            own norm of the same stream (GPT-NeoX). None: they are not parallel.
+            has its own norm of the same stream (GPT-NeoX). None: they are not parallel.
         first_norm: whether a norm precedes the attention of the first block too. ModernBERT has none there, because it
-            norms
-            the embedding.
+            norms the embedding.
         final_norm: whether a norm follows the last block.
         qkv_bias: whether query, key and value projections have a bias.
         o_bias: whether the output projection has a bias.
@@ -137,8 +134,7 @@ class DecoderConfig:
         logit_divisor: divisor of the logits (Granite).
         logit_softcap: c in ``c tanh(. / c)`` of the output logits; None for none.
         head: output head. ``lm``: logits of the next token. ``token``: a class for each token. ``last``: a class for
-            the
-            sequence, from the last token that is not padding.
+            the sequence, from the last token that is not padding.
         num_labels: C, number of classes of a classification head.
         padding_token: padding token id; the ``last`` head skips it. None if there is none.
         context_length: number of positions that the model was made for; None if unknown. It is information only.

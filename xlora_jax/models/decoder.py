@@ -29,8 +29,7 @@ def last_token(
     """Find each row's last token, whose output gives the class of the sequence.
 
     As in transformers, this is the last token whose id is not ``padding``. Without ``padding`` or ``input_ids`` the
-    mask
-    decides. Without a mask too, it is the last position, as in transformers.
+    mask decides. Without a mask too, it is the last position, as in transformers.
 
     Args:
         shape: ``[B, T]``.
@@ -106,8 +105,7 @@ class Decoder(Transformer):
             input_ids: int ``[B, T]``; or ``inputs_embeds``.
             inputs_embeds: ``[B, T, D]`` instead of the embedding of ``input_ids``.
             attention_mask: bool or int ``[B, T]``, zero at padding; None for no padding. Not with a cache, whose rows
-                have
-                no gaps.
+                have no gaps.
             positions: int ``[B or 1, T]``; default 0..T-1, or the positions of ``place``.
             segment_ids: int ``[B, T]``, document numbers of packed rows; tokens see only their own document. Give
                 ``positions`` that count from each document's start. Not with a cache.

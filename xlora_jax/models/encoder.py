@@ -137,8 +137,7 @@ class _Classifying(Transformer):
             return (x * weights).sum(axis=1, keepdims=True) / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
 
         # Each position has its own gates, so all of them go through the head before the first or the mean is taken.
-        # Dense
-        # layers are linear, so the mean of their outputs is the output for the mean.
+        # Dense layers are linear, so the mean of their outputs is the output for the mean.
         x = hidden_states
         if self.has_pooler:
             x = self.pooler(x)
@@ -275,8 +274,7 @@ class VisionTransformer(_Classifying):
 
         Returns:
             Hidden states ``[B, 1 + P, D]``, class token first, and logits ``[B, C]``. The hidden states precede the
-            final
-            norm, as in transformers' ``hidden_states[-1]``, which PEFT's classifier reads.
+            final norm, as in transformers' ``hidden_states[-1]``, which PEFT's classifier reads.
 
         Raises:
             ValueError: the images have another size.

@@ -1,8 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) with the context extensions of transformers 5.
 
 The frequencies are computed on the host in float32, step for step as in ``transformers.modeling_rope_utils``, because
-an
-angle of thousands of radians amplifies every rounding error of its frequency.
+an angle of thousands of radians amplifies every rounding error of its frequency.
 """
 
 from __future__ import annotations

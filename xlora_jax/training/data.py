@@ -202,8 +202,7 @@ class Rows:
 
     Attributes:
         arrays: mapping with ``input_ids`` and ``labels``, int32 ``[rows, T]``. Packed rows also have ``positions``,
-            counted
-            from each document's start, and ``segment_ids``: 1, 2, ... in each row, 0 at padding.
+            counted from each document's start, and ``segment_ids``: 1, 2, ... in each row, 0 at padding.
         cut: number of documents whose end did not fit.
         dropped: number of documents left out because they have no token to learn.
         lengths: int32 ``[rows]``, number of tokens in each row; None if all rows are full.
@@ -253,9 +252,8 @@ def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) ->
     """Arrange documents in rows of ``length`` tokens.
 
     Plain text longer than a row continues in the next row. An answer that does not fit is cut off. With ``pack``,
-    several
-    documents share a row (best fit, longest first), and ``segment_ids`` and ``positions`` keep them apart. Without
-    ``pack``, each document has its own row, padded on the right; causal attention needs no mask for that.
+    several documents share a row (best fit, longest first), and ``segment_ids`` and ``positions`` keep them apart.
+    Without ``pack``, each document has its own row, padded on the right; causal attention needs no mask for that.
 
     Raises:
         ValueError: ``length`` is below 2, or no document has a token to learn.

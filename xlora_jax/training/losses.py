@@ -58,8 +58,7 @@ def chunked_cross_entropy(
 
     The output head is applied to ``chunk`` positions of each row at a time, and the chunk's gradient is computed right
     away. So logits are computed once, and only ``[B, chunk, V]`` of them exist at a time. The chunks run over
-    positions,
-    so any kind of head works: tied, capped, or adapted by experts.
+    positions, so any kind of head works: tied, capped, or adapted by experts.
 
     Args:
         head: pure function to logits; it must not close over differentiated arrays.

@@ -68,8 +68,7 @@ def load_balance_loss(logits: jax.Array, weights: jax.Array, top_k: int = 1, per
     """Return the load-balance loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6).
 
     It is ``N * sum_e f_e P_e``, with f_e the share of choices that fall on expert e and P_e its mean probability. It is
-    1
-    for perfectly even routing, and N if one expert gets everything. For ``top_k`` > 1 each token makes that many
+    1 for perfectly even routing, and N if one expert gets everything. For ``top_k`` > 1 each token makes that many
     choices, as in GShard (arXiv 2006.16668).
 
     Args:

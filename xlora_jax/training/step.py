@@ -56,8 +56,7 @@ def split_params(params: Params, config: XLoraConfig) -> tuple[dict[str, Any], d
     """Split parameters into a trainable and a frozen tree; :func:`merge_params` joins them.
 
     The classifier is trainable. With ``use_trainable_adapters`` the experts' ``lora_a``, ``lora_b`` and ``lora_bias``
-    are
-    trainable too, but not the columns that assign ranks to experts.
+    are trainable too, but not the columns that assign ranks to experts.
     """
     flat = flatten(params)
 
@@ -112,8 +111,7 @@ def init_train_state(
         optimizer: any optax transformation.
         seed: random seed of the dropouts.
         dtype: dtype of the trainable parameters; None keeps theirs. Next to a bfloat16 base, float32 keeps small
-            updates
-            from being rounded away.
+            updates from being rounded away.
 
     Returns:
         The state and the frozen parameters; every step takes both.
@@ -146,8 +144,7 @@ def batch_loss(
             documents ``positions`` and ``segment_ids``, each ``[B, T]``. With ``scaling_hidden [B, T, D]``, the result
             of :func:`~xlora_jax.passes.scaling_pass` for these tokens, that pass is not run.
         rngs: PRNG keys: ``dropout`` for the classifier's dropout, ``lora_dropout`` for the experts'. A dropout without
-            a
-            key is off.
+            a key is off.
         loss_chunk: number of positions of a row whose logits exist at a time.
         regularizers: additional loss terms; None for none.
 
@@ -251,9 +248,8 @@ def make_train_step(
 
     Returns:
         The step. A batch is as in :func:`batch_loss`; its ids and labels are checked against the vocabulary on the
-        host.
-        Metrics are float32 scalars: ``loss`` (cross-entropy per token), ``regularization`` (if there are additional
-        terms), ``grad_norm``, ``tokens`` (number of predicted tokens), ``finite``.
+        host. Metrics are float32 scalars: ``loss`` (cross-entropy per token), ``regularization`` (if there are
+        additional terms), ``grad_norm``, ``tokens`` (number of predicted tokens), ``finite``.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
@@ -322,8 +318,7 @@ def make_eval_step(
 
     All three are sums over the predicted tokens, so the results of batches can be added. ``loss`` sums the
     cross-entropy, and ``tokens`` is the number of tokens. ``scalings [N]`` sums each expert's scaling, averaged over
-    the
-    adapted layers.
+    the adapted layers.
     """
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -91,8 +91,7 @@ def train(
     """Train the classifier of a model, and with ``use_trainable_adapters`` its experts.
 
     With an ``output`` the run can be resumed: the same call continues from its latest checkpoint. The result is exact
-    to
-    the bit on the same devices. (Another mesh adds in another order, so last bits differ.) A call with other rows,
+    to the bit on the same devices. (Another mesh adds in another order, so last bits differ.) A call with other rows,
     parameters or settings is refused, unless ``config.allow_changed``. On SIGTERM, a checkpoint is saved and the
     function returns.
 
@@ -115,8 +114,7 @@ def train(
         CheckpointError: a checkpoint can't be written or read.
         RunLockedError: another process is training into ``output``.
         ValueError: the settings conflict, a token is outside the base model's vocabulary, or the inputs differ from
-            those
-            of the run in ``output``.
+            those of the run in ``output``.
     """
     trainer = Trainer(
         model,

@@ -2,8 +2,7 @@
 
 A field is a setting if the config class in transformers declares it, or transformers' model code reads it. Each setting
 is used, known to have no effect, or refused by name. All other fields are skipped with one warning, because
-transformers
-ignores them too.
+transformers ignores them too.
 """
 
 from __future__ import annotations
@@ -133,8 +132,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
 }
 # Fields that transformers' config classes do not declare, although its code reads them, for one model or for all
-# (masks,
-# layers of unequal shape, quantization).
+# (masks, layers of unequal shape, quantization).
 READ_UNDECLARED = frozenset(
     (
         *("head_dim", "num_labels", "classifier_dropout", "hidden_dropout", "is_causal", "per_layer_config"),

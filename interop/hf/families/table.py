@@ -57,8 +57,7 @@ class Module:
 
     Attributes:
         hf: name of the torch module; in a block, relative to the block. ``*`` is the index of torch modules that ours
-            stacks:
-            the experts of a base model's own mixture, or the norms of single heads.
+            stacks: the experts of a base model's own mixture, or the norms of single heads.
         path: keys of our module; in a block, relative to the block.
         kind: key of :data:`LEAVES`.
     """
