@@ -474,7 +474,7 @@ def _checked(
             if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
                 raise FormatError(
                     f"{tensor.file}: tensor {tensor.name!r}: expected a floating-point dtype of at least 16 bits, got "
-                    f"{tensor.dtype}; quantised checkpoints are not supported, convert it to bfloat16."
+                    f"{tensor.dtype}; quantized checkpoints are not supported, convert it to bfloat16."
                 )
     return wanted
 

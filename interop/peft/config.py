@@ -222,7 +222,7 @@ def _check_initialization(value: object, where: str) -> None:
         value = value.lower()
     if not _is_one_of(value, _PLAIN_INITIALIZATIONS):
         raise FormatError(
-            f"{where}: init_lora_weights = {brief(value)} can't be an expert: that initialisation changed the base's "
+            f"{where}: init_lora_weights = {brief(value)} can't be an expert: that initialization changed the base's "
             f"weights. What you can do: convert it with PEFT, save_pretrained(..., "
             f"path_initial_model_for_weight_conversion=...), which stores a plain LoRA."
         )

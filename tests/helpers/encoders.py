@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from tests.helpers.reference import randomise, tensors
+from tests.helpers.reference import randomize, tensors
 
 _SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT = {**_SHAPE, "vocab_size": 61, "max_position_embeddings": 32, "layer_norm_eps": 3e-3, "num_labels": 5}
@@ -88,7 +88,7 @@ def make_encoder(case: str, directory: Path, **changes: Any) -> Any:
     name, options, _ = CASES[case]
     kind = getattr(transformers, name)
     model = kind(kind.config_class(**{**copy.deepcopy(options), **changes})).eval()
-    randomise(model, 0)
+    randomize(model, 0)
     model.save_pretrained(directory)
     return model
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.helpers.reference import VOCAB, Expert, adapter_matrices, randomise, tensors
+from tests.helpers.reference import VOCAB, Expert, adapter_matrices, randomize, tensors
 
 LAYERS = 3
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -244,7 +244,7 @@ def make_model(out_dir: Path, family: str, seed: int = 0, **changes: Any) -> Pat
         changes = {}
     config = CONFIG_MAPPING[family](**{**options, **changes})
     model = auto.from_config(config, dtype=torch.float32)
-    randomise(model, seed)
+    randomize(model, seed)
     model.save_pretrained(out_dir)
     return Path(out_dir)
 

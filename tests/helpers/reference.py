@@ -73,12 +73,12 @@ def make_base(out_dir: Path, family: str, seed: int = 0, dtype: torch.dtype = to
     }
     config = getattr(transformers, FAMILIES[family].config)(**{**shape, **FAMILIES[family].options, **options})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomise(model, seed)
+    randomize(model, seed)
     model.to(dtype).save_pretrained(out_dir, **save)
     return Path(out_dir)
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomize(model: torch.nn.Module, seed: int) -> None:
     """Fill every parameter: matrices keep the variance of their inputs, norms and biases differ from 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -211,11 +211,11 @@ def peft_xlora(base_dir: Path, adapters: Sequence[Path], seed: int = 0, gate_sca
     )
     if mean_pass:
         model.base_model.set_scaling_pass_value(None)
-    randomise_classifier(classifier_of(model), seed, gate_scale)
+    randomize_classifier(classifier_of(model), seed, gate_scale)
     return model.eval()
 
 
-def randomise_classifier(classifier: torch.nn.Module, seed: int, gate_scale: float = 1.0) -> None:
+def randomize_classifier(classifier: torch.nn.Module, seed: int, gate_scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(1000 + seed)
     linears = [module for module in classifier.layers if isinstance(module, torch.nn.Linear)]
     with torch.no_grad():

@@ -86,7 +86,7 @@ class TestBase:
         ("tensor", "words"),
         [
             (torch.ones(48, dtype=torch.int64), "dtype"),
-            (torch.ones(48).to(torch.float8_e4m3fn), "quantised"),
+            (torch.ones(48).to(torch.float8_e4m3fn), "quantized"),
             (torch.ones(47), r"\[48\].*\[47\]"),
             (torch.ones(48, 1), r"\[48\].*\[48, 1\]"),
             (torch.full((48,), torch.nan), "48 NaN or infinite values"),

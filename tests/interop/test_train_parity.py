@@ -154,10 +154,10 @@ def test_twenty_steps_of_adamw(name, train_experts, base, experts, tmp_path):
     # The steps matter: the four batches cost less at the end than at the start.
     assert np.mean(wanted[-4:]) < np.mean(wanted[:4]) - 0.03
 
-    # What has been learnt is the same thing, and nothing else has moved.
+    # What has been learned is the same thing, and nothing else has moved.
     reference = as_our_tree(base_dir, adapters, theirs, tmp_path, lambda p: p.detach(), **config)
-    learnt_before, frozen_before = split_params(before, ours.config)
-    moved = jax.tree.map(relative_error, state.trainable, learnt_before)
+    learned_before, frozen_before = split_params(before, ours.config)
+    moved = jax.tree.map(relative_error, state.trainable, learned_before)
     assert min(jax.tree.leaves(moved)) > 10 * TOLERANCE
     for path, leaf in jax.tree.leaves_with_path(state.trainable):
         other = dict(jax.tree.leaves_with_path(reference))[path]

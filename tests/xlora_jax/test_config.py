@@ -89,7 +89,7 @@ def test_survives_copy_and_pickle():
     assert dataclasses.replace(config(), top_k_lora=2) == config(top_k_lora=2)
 
 
-def test_numbers_are_normalised():
+def test_numbers_are_normalized():
     made = config(
         hidden_size=np.int64(48),
         softmax_temperature=2,

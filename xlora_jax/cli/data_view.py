@@ -1,4 +1,4 @@
-"""``xlora-jax inspect`` for training data: contents of a file, and the tokens that are learnt."""
+"""``xlora-jax inspect`` for training data: contents of a file, and the tokens that are learned."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPEN, _CLOSE = "⟦", "⟧"
 
 
 def show_data(console: Console, path: str, base: str | None, length: int) -> bool:
-    """Show the contents of a data file, the tokens that are learnt, and three examples.
+    """Show the contents of a data file, the tokens that are learned, and three examples.
 
     Args:
         console: console to print on.
@@ -69,8 +69,8 @@ def show_data(console: Console, path: str, base: str | None, length: int) -> boo
     if codec is not None and codec.decode is not None:
         plain = not console.is_terminal
         marks = f"between {_OPEN} and {_CLOSE}" if plain else "green"
-        for number, document in enumerate([d for d in documents if d.learnt.any()][:_EXAMPLES], 1):
-            console.print(Text(f"\nexample {number}, learnt tokens {marks}:", style="bold"))
+        for number, document in enumerate([d for d in documents if d.learned.any()][:_EXAMPLES], 1):
+            console.print(Text(f"\nexample {number}, learned tokens {marks}:", style="bold"))
             console.print(_marked(document, codec.decode, plain=plain), soft_wrap=True)
     return not (refused or bad.count)
 
@@ -84,24 +84,24 @@ def _form(record: object) -> str:
 
 def _facts(documents: Sequence[Document], length: int) -> Iterator[tuple[str, str]]:
     sizes = [len(document.ids) for document in documents]
-    tokens, learnt = sum(sizes), sum(int(document.learnt.sum()) for document in documents)
+    tokens, learned = sum(sizes), sum(int(document.learned.sum()) for document in documents)
     yield "documents", f"{len(documents):,}, the longest of {max(sizes, default=0):,} tokens"
     yield "tokens", f"{tokens:,}"
-    yield "learnt tokens", f"{learnt:,} ({learnt / max(tokens, 1):.1%})"
+    yield "learned tokens", f"{learned:,} ({learned / max(tokens, 1):.1%})"
     rows = lay_out(documents, length)
-    lost = sum(int(document.learnt[length:].sum()) for document in documents if not document.divisible)
+    lost = sum(int(document.learned[length:].sum()) for document in documents if not document.divisible)
     fact = (
-        f"{len(rows):,} rows, {rows.fill:.1%} full; documents cut off: {rows.cut:,} ({lost:,} learnt tokens lost); "
+        f"{len(rows):,} rows, {rows.fill:.1%} full; documents cut off: {rows.cut:,} ({lost:,} learned tokens lost); "
         f"dropped: {rows.dropped:,} (nothing to learn within that length)"
     )
     yield f"at --length {length}", fact
 
 
 def _marked(document: Document, decode: Callable[[Sequence[int]], str], *, plain: bool) -> Text:
-    """Return a document's text, with learnt tokens marked by a style or by brackets."""
+    """Return a document's text, with learned tokens marked by a style or by brackets."""
     text = Text()
     start = 0
-    for learnt, group in groupby(document.learnt.tolist()):
+    for learned, group in groupby(document.learned.tolist()):
         stretch = document.ids[start : (start := start + len(list(group)))].tolist()
         if len(stretch) > _SHOWN:
             hidden = len(stretch) - _SHOWN
@@ -109,7 +109,7 @@ def _marked(document: Document, decode: Callable[[Sequence[int]], str], *, plain
             shown = f"{escaped(decode(stretch[:half]))} ... {hidden:,} tokens ... {escaped(decode(stretch[-half:]))}"
         else:
             shown = escaped(decode(stretch))
-        if learnt:
+        if learned:
             text.append(f"{_OPEN}{shown}{_CLOSE}" if plain else shown, style="" if plain else "green")
         else:
             text.append(shown, style="" if plain else "dim")

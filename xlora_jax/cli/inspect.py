@@ -34,7 +34,7 @@ def command(
     """Describe each path: its kind, its contents, and anything that would be refused, with the reason.
 
     Weights of base models are not read, only their descriptions in the files. For training data, the command shows the
-    records, the share of learnt tokens, the documents cut or dropped at a row length, and examples with the learnt
+    records, the share of learned tokens, the documents cut or dropped at a row length, and examples with the learned
     tokens marked. The exit code is 1 if anything would be refused.
     """
     from rich.console import Console

@@ -75,7 +75,7 @@ class Norm(nn.Module):
         """Normalize ``x [..., D]`` over its last axis."""
         kind = NORMS[self.kind]
         y = x.astype(jnp.float32)
-        if kind.centred:
+        if kind.centered:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         if kind.scaled:
@@ -291,7 +291,7 @@ class RoutedBlock(_Part):
             routed.num_experts, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="router"
         )(rows)
         weights, chosen = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), routed.top_k)
-        if routed.renormalise:
+        if routed.renormalize:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         # Each token has top_k copies, which are sorted so that an expert's rows are contiguous.
         order = jnp.argsort(chosen.reshape(-1))

@@ -32,7 +32,7 @@ class NormKind:
     """A norm variant.
 
     Attributes:
-        centred: whether it subtracts the mean (arXiv 1607.06450); else it is a root mean square norm (arXiv
+        centered: whether it subtracts the mean (arXiv 1607.06450); else it is a root mean square norm (arXiv
             1910.07467).
         scaled: whether it has a scale.
         biased: whether it has a bias.
@@ -40,7 +40,7 @@ class NormKind:
         rounds_first: whether it rounds to the compute dtype before it applies the scale, as Llama's does.
     """
 
-    centred: bool = False
+    centered: bool = False
     scaled: bool = True
     biased: bool = False
     offset: float = 0.0
@@ -51,9 +51,9 @@ NORMS = {
     "rms": NormKind(rounds_first=True),
     "rms_float32": NormKind(),
     "rms_offset": NormKind(offset=1.0),
-    "layer": NormKind(centred=True, biased=True),
-    "layer_unbiased": NormKind(centred=True),
-    "layer_plain": NormKind(centred=True, scaled=False),
+    "layer": NormKind(centered=True, biased=True),
+    "layer_unbiased": NormKind(centered=True),
+    "layer_plain": NormKind(centered=True, scaled=False),
 }
 
 
@@ -65,13 +65,13 @@ class RoutedMLP:
         num_experts: E.
         top_k: number of experts per token.
         intermediate_size: F of each expert.
-        renormalise: whether the weights of the picked experts are scaled to sum to one.
+        renormalize: whether the weights of the picked experts are scaled to sum to one.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int
-    renormalise: bool = True
+    renormalize: bool = True
 
     def __post_init__(self) -> None:
         """Validate the fields."""

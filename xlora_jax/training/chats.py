@@ -73,14 +73,14 @@ class Chat:
         messages: mappings, each with ``role`` and the other keys that the template reads.
         tools: JSON schemas of the tools; None for no tools.
         options: mapping of further template variables to values.
-        learnt: indices of the messages that are to be learnt.
+        learned: indices of the messages that are to be learned.
         names: place of each message in its record, for errors.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    learnt: Sequence[int] = ()
+    learned: Sequence[int] = ()
     names: Sequence[str] = ()
 
 
@@ -173,12 +173,12 @@ def chat_of(record: Record, form: str, place: str) -> Chat:
             names.append("system")
         messages += found
         names += [f"{part}[{number}]" for number in range(len(found))]
-    learnt = [
+    learned = [
         number
         for number, (message, name) in enumerate(zip(messages, names, strict=True))
         if message["role"] == "assistant" and not name.startswith("prompt") and message.get("weight") != 0
     ]
-    return Chat(messages, tools or None, options or {}, learnt, names)
+    return Chat(messages, tools or None, options or {}, learned, names)
 
 
 def _parsed(value: Any, where: str) -> Any:
@@ -306,12 +306,12 @@ def _shown(value: Any) -> str:
 
 
 def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
-    """Yield each answer to be learnt, in the context in which the model would generate it.
+    """Yield each answer to be learned, in the context in which the model would generate it.
 
     Raises:
         RecordError: the template cannot write the messages, or an answer cannot be separated from its prompt.
     """
-    wanted = [prefix for number in chat.learnt for prefix in ((number, True), (number + 1, False))]
+    wanted = [prefix for number in chat.learned for prefix in ((number, True), (number + 1, False))]
     if not wanted:
         return
     texts = list(render(chat, wanted))
@@ -331,7 +331,7 @@ def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
         again = list(render(in_parts, wanted))
         if _all_written(chat, again):
             chat, texts = in_parts, again
-    for number, prompt, whole in zip(chat.learnt, texts[::2], texts[1::2], strict=True):
+    for number, prompt, whole in zip(chat.learned, texts[::2], texts[1::2], strict=True):
         where = f"{place}: {chat.names[number]}"
         if isinstance(whole, TemplateError):
             raise RecordError(
@@ -345,7 +345,7 @@ def answers_of(chat: Chat, render: Render, place: str) -> Iterator[Answer]:
 
 def _all_written(chat: Chat, texts: Sequence[str | TemplateError]) -> bool:
     """Return whether every answer's content is in its text."""
-    contents = (chat.messages[number].get("content") or "" for number in chat.learnt)
+    contents = (chat.messages[number].get("content") or "" for number in chat.learned)
     return all(isinstance(w, str) and c.strip() in w for c, w in zip(contents, texts[1::2], strict=True))
 
 
@@ -409,7 +409,7 @@ def _changed(chat: Chat, contents: Mapping[int, Any]) -> Chat:
         {**message, "content": contents[number]} if number in contents else message
         for number, message in enumerate(chat.messages)
     ]
-    return Chat(messages, chat.tools, chat.options, chat.learnt, chat.names)
+    return Chat(messages, chat.tools, chat.options, chat.learned, chat.names)
 
 
 def _common(first: str, second: str) -> int:

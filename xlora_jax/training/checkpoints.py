@@ -201,7 +201,7 @@ class Checkpoints:
         if differ:
             name = differ[0]
             raise CheckpointError(
-                f"{where}: is of another model or optimiser: {name} is {there.get(name, 'absent')} there and "
+                f"{where}: is of another model or optimizer: {name} is {there.get(name, 'absent')} there and "
                 f"{here.get(name, 'absent')} here, {len(differ)} arrays differ in all. Give the settings of the "
                 f"run that wrote it, or another output directory."
             )

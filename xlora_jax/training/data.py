@@ -58,12 +58,12 @@ class Document:
 
     Attributes:
         ids: int32 ``[n]``.
-        learnt: bool ``[n]``, whether a token is to be predicted.
+        learned: bool ``[n]``, whether a token is to be predicted.
         divisible: whether a long document continues in the next row (plain text), or is cut off (an answer).
     """
 
     ids: Ints
-    learnt: NDArray[np.bool_]
+    learned: NDArray[np.bool_]
     divisible: bool
 
 
@@ -114,7 +114,7 @@ def _documents_of(record: Record, codec: Codec, place: str, unread: Counter[str]
             # This document begins with an earlier one, whose answers have the same context in both.
             size = len(earlier.ids)
             if np.array_equal(document.ids[:size], earlier.ids):
-                document.learnt[:size] |= earlier.learnt
+                document.learned[:size] |= earlier.learned
                 documents[number] = document
                 break
         else:
@@ -222,7 +222,7 @@ class Rows:
         return {**{name: array[row] for name, array in self.arrays.items()}, "row": np.int32(row)}
 
     def count(self, rows: NDArray[np.int32] | None = None) -> int:
-        """Return the number of tokens, learnt or not, in the rows with these indices, or in all rows."""
+        """Return the number of tokens, learned or not, in the rows with these indices, or in all rows."""
         if self.lengths is None:
             return int(self.arrays["input_ids"].shape[1] * (len(self) if rows is None else np.size(rows)))
         return int(self.lengths[slice(None) if rows is None else rows].sum())
@@ -243,7 +243,7 @@ class Rows:
 
     @classmethod
     def from_tokens(cls, input_ids: NDArray[Any], labels: NDArray[Any] | None = None) -> Rows:
-        """Make rows from token ids ``[rows, T]``; without labels every token is learnt."""
+        """Make rows from token ids ``[rows, T]``; without labels every token is learned."""
         ids = np.asarray(input_ids, np.int32)
         return cls({"input_ids": ids, "labels": ids.copy() if labels is None else np.asarray(labels, np.int32)})
 
@@ -264,14 +264,14 @@ def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) ->
     cut = dropped = 0
     for document in documents:
         parts = [
-            Document(document.ids[at : at + length], document.learnt[at : at + length], document.divisible)
+            Document(document.ids[at : at + length], document.learned[at : at + length], document.divisible)
             for at in range(0, max(len(document.ids), 1), length)
         ]
         if len(parts) > 1 and not document.divisible:
             cut += 1
             parts = parts[:1]
         # No token precedes the first token of a piece, so it is not predicted.
-        kept = [part for part in parts if part.learnt[1:].any()]
+        kept = [part for part in parts if part.learned[1:].any()]
         dropped += not kept
         pieces += kept
     if not pieces:
@@ -291,7 +291,7 @@ def lay_out(documents: Iterable[Document], length: int, *, pack: bool = True) ->
             piece = pieces[member]
             here = (row, slice(at, at + len(piece.ids)))
             arrays["input_ids"][here] = piece.ids
-            arrays["labels"][here] = np.where(piece.learnt, piece.ids, IGNORED_LABEL)
+            arrays["labels"][here] = np.where(piece.learned, piece.ids, IGNORED_LABEL)
             arrays["labels"][row, at] = IGNORED_LABEL
             arrays["positions"][here] = np.arange(len(piece.ids))
             arrays["segment_ids"][here] = segment

@@ -47,7 +47,7 @@ def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def chunked_cross_entropy(
     head: HeadFunction,
-    learnt: Any,
+    learned: Any,
     frozen: Any,
     hidden_states: jax.Array,
     scalings: jax.Array | None,
@@ -62,7 +62,7 @@ def chunked_cross_entropy(
 
     Args:
         head: pure function to logits; it must not close over differentiated arrays.
-        learnt: tree of the head's parameters that have a gradient, possibly empty.
+        learned: tree of the head's parameters that have a gradient, possibly empty.
         frozen: tree of the head's other parameters.
         hidden_states: ``[B, T, D]``.
         scalings: ``[B, T, L or 1, N]`` for a head with experts, or None.
@@ -74,7 +74,7 @@ def chunked_cross_entropy(
     """
     if chunk < 1:
         raise ValueError(f"loss chunk: expected at least 1 position, got {chunk}")
-    total: jax.Array = _chunked(head, chunk, learnt, frozen, hidden_states, scalings, targets)
+    total: jax.Array = _chunked(head, chunk, learned, frozen, hidden_states, scalings, targets)
     return total
 
 
@@ -103,7 +103,7 @@ def _join(chunks: jax.Array, length: int) -> jax.Array:
 def _chunked(
     head: HeadFunction,
     chunk: int,
-    learnt: Any,
+    learned: Any,
     frozen: Any,
     hidden: jax.Array,
     scalings: jax.Array | None,
@@ -113,7 +113,7 @@ def _chunked(
 
     def body(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
         h, s, t = part
-        return total + _summed_loss(head(learnt, frozen, h, s), t), None
+        return total + _summed_loss(head(learned, frozen, h, s), t), None
 
     start: jax.Array = jnp.float32(0)
     return lax.scan(body, start, _parts(hidden, scalings, targets, chunk))[0]
@@ -127,7 +127,7 @@ def _parts(hidden: jax.Array, scalings: jax.Array | None, targets: jax.Array, ch
 def _chunked_forward(
     head: HeadFunction,
     chunk: int,
-    learnt: Any,
+    learned: Any,
     frozen: Any,
     hidden: jax.Array,
     scalings: jax.Array | None,
@@ -137,24 +137,24 @@ def _chunked_forward(
     chunk = min(chunk, length)
 
     def body(carry: Any, part: Any) -> tuple[Any, Any]:
-        total, d_learnt = carry
+        total, d_learned = carry
         h, s, t = part
 
-        def loss(learnt: Any, h: jax.Array, s: jax.Array | None) -> jax.Array:
-            return _summed_loss(head(learnt, frozen, h, s), t)
+        def loss(learned: Any, h: jax.Array, s: jax.Array | None) -> jax.Array:
+            return _summed_loss(head(learned, frozen, h, s), t)
 
-        value, (d_more, d_h, d_s) = jax.value_and_grad(loss, argnums=(0, 1, 2))(learnt, h, s)
-        return (total + value, jax.tree.map(jnp.add, d_learnt, d_more)), (d_h, d_s)
+        value, (d_more, d_h, d_s) = jax.value_and_grad(loss, argnums=(0, 1, 2))(learned, h, s)
+        return (total + value, jax.tree.map(jnp.add, d_learned, d_more)), (d_h, d_s)
 
-    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, learnt))
-    (total, d_learnt), (d_hidden, d_scalings) = lax.scan(body, start, _parts(hidden, scalings, targets, chunk))
+    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, learned))
+    (total, d_learned), (d_hidden, d_scalings) = lax.scan(body, start, _parts(hidden, scalings, targets, chunk))
     d_scalings = None if scalings is None else _join(d_scalings, length)
-    return total, (d_learnt, _join(d_hidden, length), d_scalings)
+    return total, (d_learned, _join(d_hidden, length), d_scalings)
 
 
 def _chunked_backward(head: HeadFunction, chunk: int, gradients: Any, d_total: jax.Array) -> tuple[Any, ...]:
-    d_learnt, d_hidden, d_scalings = jax.tree.map(lambda g: g * d_total.astype(g.dtype), gradients)
-    return d_learnt, None, d_hidden, d_scalings, None
+    d_learned, d_hidden, d_scalings = jax.tree.map(lambda g: g * d_total.astype(g.dtype), gradients)
+    return d_learned, None, d_hidden, d_scalings, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -31,7 +31,7 @@ _LISTED = 5
 
 
 class RecordError(ValueError):
-    """A record that cannot be learnt. The message begins with its file and line, or its index, and names the field."""
+    """A record that cannot be learned. The message begins with its file and line, or its index, and names the field."""
 
 
 @dataclass

@@ -191,12 +191,12 @@ def batch_loss(
     targets = next_token_targets(batch["labels"], batch.get("segment_ids"))
     head_scalings = scalings if "lm_head" in params["experts"] else None
 
-    def head(learnt: Any, rest: Any, hidden: jax.Array, scalings: jax.Array | None) -> jax.Array:
-        return unembed(xlora, merge_params(learnt, rest), hidden, scalings)
+    def head(learned: Any, rest: Any, hidden: jax.Array, scalings: jax.Array | None) -> jax.Array:
+        return unembed(xlora, merge_params(learned, rest), hidden, scalings)
 
-    learnt = {path: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("experts", "lm_head")}
+    learned = {path: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("experts", "lm_head")}
     total = chunked_cross_entropy(
-        head, unflatten(learnt), frozen, out.hidden_states, head_scalings, targets, loss_chunk
+        head, unflatten(learned), frozen, out.hidden_states, head_scalings, targets, loss_chunk
     )
     return total, extra, scalings
 

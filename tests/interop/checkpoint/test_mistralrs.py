@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from interop import load_xlora, save_xlora
-from tests.helpers.reference import make_adapter, randomise
+from tests.helpers.reference import make_adapter, randomize
 from xlora_jax import XLoraConfig
 
 CHARACTERS = (string.ascii_letters + string.digits)[:61]
@@ -62,7 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
     )
     model = MistralForCausalLM(config)
-    randomise(model, 0)
+    randomize(model, 0)
     model.save_pretrained(directory)
     # Where transformers 5 no longer writes it, and mistral.rs reads it.
     content = json.loads((directory / "config.json").read_text())

@@ -47,7 +47,7 @@ def as_template_input(messages):
 
 
 def expected(tokenizer, messages, first=0, **options):
-    """Each token to be learnt, with all the tokens before it: from transformers alone, by marks on characters."""
+    """Each token to be learned, with all the tokens before it: from transformers alone, by marks on characters."""
     messages = as_template_input(messages)
     found = Counter()
     for number, message in enumerate(messages):
@@ -68,18 +68,18 @@ def expected(tokenizer, messages, first=0, **options):
     return found
 
 
-def learnt(documents):
+def learned(documents):
     found = Counter()
     for document in documents:
         ids = document.ids.tolist()
-        for place in document.learnt.nonzero()[0]:
+        for place in document.learned.nonzero()[0]:
             found[tuple(ids[: place + 1])] += 1
     return found
 
 
 def parts(documents, tokenizer):
-    """The learnt text of each document."""
-    return [tokenizer.decode(document.ids[document.learnt]) for document in documents]
+    """The learned text of each document."""
+    return [tokenizer.decode(document.ids[document.learned]) for document in documents]
 
 
 # Prompts that a template writes as the beginning of what it writes with the answer: all but R1's.
@@ -99,7 +99,7 @@ TURNS = [
 def test_every_answer_in_the_context_in_which_it_is_generated(tokenizer, template, byte_level):
     made = tokenizer(template, byte_level=byte_level)
     documents = encode_record({"messages": TURNS}, codec_of(made))
-    assert learnt(documents) == expected(made, TURNS)
+    assert learned(documents) == expected(made, TURNS)
     # One document where one can hold all answers.
     assert len(documents) == {"qwen3": 3, "end_after_last": 3}.get(template, 1)
     assert "first" in parts(documents, made)[0]
@@ -113,18 +113,18 @@ def test_answers_whose_blank_lines_merge_with_their_prompt(tokenizer):
     (document,) = encode_record(record, codec_of(made))
     prompt = made.apply_chat_template(record["messages"][:1], add_generation_prompt=True)["input_ids"]
     assert document.ids[: len(prompt)].tolist() != prompt
-    assert made.decode(document.ids[document.learnt]) == "\n\n\n\nyes<|im_end|>\n"
-    assert learnt([document]) == expected(made, record["messages"])
+    assert made.decode(document.ids[document.learned]) == "\n\n\n\nyes<|im_end|>\n"
+    assert learned([document]) == expected(made, record["messages"])
 
 
 def test_offsets_that_leave_out_spaces(tokenizer):
-    """Post-processors with trim_offsets: the same tokens, learnt alike."""
+    """Post-processors with trim_offsets: the same tokens, learned alike."""
     trimmed, plain = (tokenizer("llama3", trim_offsets=trim) for trim in (True, False))
     for answer in ("    four spaces", "\n\n   the", "the   \n\n", "   "):
         for record in ({"messages": [user(), assistant(answer)]}, {"prompt": "the  ", "completion": answer}):
             one, two = (encode_record(record, codec_of(made)) for made in (trimmed, plain))
             assert [d.ids.tolist() for d in one] == [d.ids.tolist() for d in two]
-            assert [d.learnt.tolist() for d in one] == [d.learnt.tolist() for d in two]
+            assert [d.learned.tolist() for d in one] == [d.learned.tolist() for d in two]
 
 
 def test_prompt_and_completion_as_text(tokenizer):
@@ -133,10 +133,10 @@ def test_prompt_and_completion_as_text(tokenizer):
         (document,) = encode_record({"prompt": prompt, "completion": completion}, codec_of(made))
         encoded = made(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
         assert document.ids.tolist() == [*encoded["input_ids"], made.eos_token_id]
-        assert document.learnt.tolist() == [end > len(prompt) for _, end in encoded["offset_mapping"]] + [True]
+        assert document.learned.tolist() == [end > len(prompt) for _, end in encoded["offset_mapping"]] + [True]
 
 
-def test_thinking_is_learnt_and_not_seen_later(tokenizer):
+def test_thinking_is_learned_and_not_seen_later(tokenizer):
     made = tokenizer("qwen3")
     messages = [
         *(user("a?"), assistant("A", reasoning_content="think a")),
@@ -144,7 +144,7 @@ def test_thinking_is_learnt_and_not_seen_later(tokenizer):
         *(user("c?"), assistant(None, reasoning_content="think c")),
     ]
     documents = encode_record({"messages": messages}, codec_of(made))
-    assert learnt(documents) == expected(made, messages)
+    assert learned(documents) == expected(made, messages)
     assert parts(documents, made) == [
         "<think>\nthink a\n</think>\n\nA<|im_end|>\n",
         "<think>\nthink b\n</think>\n\nB<|im_end|>\n",
@@ -159,7 +159,7 @@ def test_thinking_that_the_prompt_opens_and_the_template_leaves_out(tokenizer):
     documents = encode_record({"messages": messages}, codec_of(made))
     for number, document in zip((1, 3), documents, strict=True):
         prompt = made.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        assert made.decode(document.ids[~document.learnt]) == prompt
+        assert made.decode(document.ids[~document.learned]) == prompt
     assert parts(documents, made) == ["so\n</think>\n\nA<|im_end|>", "</think>\n\nB<|im_end|>"]
     with pytest.raises(RecordError, match=r"x, line 3: messages\[1\]: .* prompt for this answer ends with '.*<think>"):
         encode_record({"messages": [user(), assistant("no thinking")]}, codec_of(made), "x, line 3")
@@ -171,14 +171,14 @@ def test_tools(tokenizer, template):
     messages = [user(), assistant(None, tool_calls=CALL), {"role": "tool", "content": "3"}, assistant("It is 3.")]
     record = {"messages": messages, "tools": TOOLS}
     documents = encode_record(record, codec_of(made))
-    assert learnt(documents) == expected(made, messages, tools=TOOLS)
+    assert learned(documents) == expected(made, messages, tools=TOOLS)
     text = made.decode(documents[-1].ids)
     assert '"parameters":{"type":"object"' in "".join(text.split())
     assert '"a": 1, "b": null' in parts(documents, made)[0]
-    assert learnt(documents) != learnt(encode_record({"messages": messages}, codec_of(made)))
+    assert learned(documents) != learned(encode_record({"messages": messages}, codec_of(made)))
     # The same as tables keep them: JSON in strings.
     texts = {"messages": json.dumps(messages), "tools": json.dumps(TOOLS)}
-    assert learnt(encode_record(texts, codec_of(made))) == learnt(documents)
+    assert learned(encode_record(texts, codec_of(made))) == learned(documents)
 
 
 def test_tool_calls_where_a_template_joins_every_content(tokenizer):
@@ -189,14 +189,14 @@ def test_tool_calls_where_a_template_joins_every_content(tokenizer):
     made = tokenizer(template)
     given = [user(), assistant(None, tool_calls=CALL), {"role": "tool", "content": "3"}, assistant("It is 3.")]
     filled = [given[0], assistant("", tool_calls=CALL), *given[2:]]
-    assert learnt(encode_record({"messages": given}, codec_of(made))) == expected(made, filled)
+    assert learned(encode_record({"messages": given}, codec_of(made))) == expected(made, filled)
 
 
 def test_variables_of_the_template(tokenizer):
     made = tokenizer("qwen3")
     record = {"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}}
     documents = encode_record(record, codec_of(made))
-    assert learnt(documents) == expected(made, TURNS, enable_thinking=False)
+    assert learned(documents) == expected(made, TURNS, enable_thinking=False)
     assert parts(documents, made)[-1] == "third<|im_end|>\n"
     with pytest.warns(UserWarning, match=r"does not read enable_thinking \(in 2 records\), tools \(in 1 records\)"):
         encode_records([record, {**record, "tools": TOOLS}], codec_of(tokenizer("chatml")))
@@ -210,7 +210,7 @@ def test_prompt_and_completion_as_messages(tokenizer):
     made = tokenizer("chatml")
     record = {"prompt": TURNS[:5], "completion": TURNS[5:]}
     documents = encode_record(record, codec_of(made))
-    assert learnt(documents) == expected(made, TURNS, first=5)
+    assert learned(documents) == expected(made, TURNS, first=5)
     assert parts(documents, made) == ["third<|im_end|>\n"]
     for wrong in ({"prompt": "x", "completion": TURNS[5:]}, {"prompt": TURNS[:5], "completion": "x"}):
         with pytest.raises(RecordError, match=r"(prompt|completion): expected a list of messages, as the other"):
@@ -219,7 +219,7 @@ def test_prompt_and_completion_as_messages(tokenizer):
 
 def test_forms_that_mean_the_same(tokenizer):
     codec = codec_of(tokenizer("chatml"))
-    plain = learnt(encode_record({"messages": [{"role": "system", "content": "s"}, *TURNS]}, codec))
+    plain = learned(encode_record({"messages": [{"role": "system", "content": "s"}, *TURNS]}, codec))
     shared = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in TURNS]
     in_parts = [
         {**m, "content": [{"type": "text", "text": part} for part in (m["content"][:2], m["content"][2:])]}
@@ -235,13 +235,13 @@ def test_forms_that_mean_the_same(tokenizer):
         {"messages": None, "conversations": [system, *TURNS], "text": "not this"},
         {"prompt": "not this", "messages": [system, *TURNS]},
     ):
-        assert learnt(encode_record(record, codec)) == plain
+        assert learned(encode_record(record, codec)) == plain
     text = encode_record({"text": "x"}, codec)
-    assert learnt(encode_record({"messages": None, "text": "x", "tools": None}, codec)) == learnt(text)
+    assert learned(encode_record({"messages": None, "text": "x", "tools": None}, codec)) == learned(text)
 
 
 def test_templates_that_read_parts_only(tokenizer):
-    """They write nothing of content that is text, which would be learnt as empty answers."""
+    """They write nothing of content that is text, which would be learned as empty answers."""
     template = TEMPLATES["chatml"].replace(
         "m['content']", "(m['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join)"
     )
@@ -249,9 +249,9 @@ def test_templates_that_read_parts_only(tokenizer):
     in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in TURNS]
     reference = expected(made, in_parts)
     for messages in (TURNS, in_parts):
-        assert learnt(encode_record({"messages": messages}, codec_of(made))) == reference
+        assert learned(encode_record({"messages": messages}, codec_of(made))) == reference
     columns = {name: [message[name] for message in TURNS] for name in ("role", "content")}
-    assert learnt(encode_record({"messages": columns}, codec_of(made))) == reference
+    assert learned(encode_record({"messages": columns}, codec_of(made))) == reference
 
 
 def test_templates_that_mark_what_a_model_generates(tokenizer):
@@ -260,7 +260,7 @@ def test_templates_that_mark_what_a_model_generates(tokenizer):
     ).replace("{% endfor %}", "{% endgeneration %}{% endfor %}")  # fmt: skip
     marked, plain = tokenizer(template), tokenizer("chatml")
     documents = encode_record({"messages": TURNS}, codec_of(marked))
-    assert learnt(documents) == learnt(encode_record({"messages": TURNS}, codec_of(plain)))
+    assert learned(documents) == learned(encode_record({"messages": TURNS}, codec_of(plain)))
 
 
 def test_a_tokenizer_that_does_not_tell_its_characters():
@@ -269,7 +269,7 @@ def test_a_tokenizer_that_does_not_tell_its_characters():
     made = ByT5Tokenizer(chat_template=TEMPLATES["chatml"])
     assert not made.is_fast
     documents = encode_record({"messages": TURNS}, codec_of(made))
-    assert [made.decode(d.ids[d.learnt]) for d in documents] == [
+    assert [made.decode(d.ids[d.learned]) for d in documents] == [
         "".join(f"{message['content']}<|im_end|>\n" for message in TURNS[1::2])
     ]
 
@@ -281,7 +281,7 @@ def test_a_tokenizer_that_does_not_tell_its_characters():
 
     codec = codec_of(Merging())
     (document,) = encode_record({"prompt": "a", "completion": "c"}, codec)
-    assert document.learnt.tolist() == [False, True, True]
+    assert document.learned.tolist() == [False, True, True]
     with pytest.raises(RecordError, match=r"^e, line 2: tokens merge over .*'b', .*\(Merging\).* use its fast version"):
         encode_record({"prompt": "a", "completion": "b"}, codec, "e, line 2")
 
@@ -291,10 +291,10 @@ def test_templates_whose_answers_cannot_be_told_from_their_prompts(tokenizer):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if loop.last else '|' }}{% endfor %}"
     with pytest.raises(RecordError, match=r"^f, line 3: messages\[1\]: .*writes no generation prompt"):
         encode_record({"messages": TURNS}, codec_of(tokenizer(template)), "f, line 3")
-    # Without one, but with a middle as the end is, the answer's own header is learnt too.
+    # Without one, but with a middle as the end is, the answer's own header is learned too.
     made = tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}")
     documents = encode_record({"messages": TURNS}, codec_of(made))
-    assert learnt(documents) == expected(made, TURNS)
+    assert learned(documents) == expected(made, TURNS)
 
 
 def test_messages_without_weight_are_context(tokenizer):
@@ -309,7 +309,7 @@ def test_an_assistant_who_speaks_first(tokenizer):
     messages = [assistant("Hello!"), user(), assistant("Yes.")]
     for template in ("chatml", "llama3", "end_after_last"):
         made = tokenizer(template)
-        assert learnt(encode_record({"messages": messages}, codec_of(made))) == expected(made, messages)
+        assert learned(encode_record({"messages": messages}, codec_of(made))) == expected(made, messages)
     # These fail on an empty chat, but show elsewhere how their answers begin.
     made = tokenizer("qwen3")
     documents = encode_record({"messages": messages}, codec_of(made))
@@ -324,7 +324,7 @@ def test_two_users_in_a_row(tokenizer):
     messages = [user("a"), user("b"), assistant("c"), assistant("d")]
     for template in ("chatml", "llama3", "mistral", "end_after_last"):
         made = tokenizer(template)
-        assert learnt(encode_record({"messages": messages}, codec_of(made))) == expected(made, messages)
+        assert learned(encode_record({"messages": messages}, codec_of(made))) == expected(made, messages)
     # Here the prompt of the last answer shows the one before it otherwise than the whole chat does.
     made = tokenizer("qwen3")
     documents = encode_record({"messages": messages}, codec_of(made))
@@ -380,7 +380,7 @@ def test_two_users_in_a_row(tokenizer):
         ("{{ 1 // 0 }}", TURNS, r"messages\[1\]: .*ZeroDivisionError"),
     ],
 )
-def test_chats_that_cannot_be_learnt(tokenizer, template, messages, reason):
+def test_chats_that_cannot_be_learned(tokenizer, template, messages, reason):
     with pytest.raises(RecordError, match=r"^a\.jsonl, line 7: " + reason):
         encode_record({"messages": messages}, codec_of(tokenizer(template)), "a.jsonl, line 7")
 
@@ -416,7 +416,7 @@ def nested(depth):
         ),
     ],
 )
-def test_records_that_cannot_be_learnt(tokenizer, record, reason):
+def test_records_that_cannot_be_learned(tokenizer, record, reason):
     with pytest.raises(RecordError, match=rf"^b\.json, index 2: .*({reason})"):
         encode_record(record, codec_of(tokenizer("qwen3")), "b.json, index 2")
 
@@ -504,7 +504,7 @@ def chats(draw):
 def test_any_chat_with_tools(tokenizer, template, messages, tools):
     made = tokenizer(template)
     documents = encode_record({"messages": messages, "tools": tools}, codec_of(made))
-    assert learnt(documents) == expected(made, messages, tools=tools)
+    assert learned(documents) == expected(made, messages, tools=tools)
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen2", "gemma", "end_after_last"])
@@ -515,7 +515,7 @@ def test_any_chat_without_tools(tokenizer, template, messages):
     messages = [m for m in messages if m["role"] != "tool" and not m.get("tool_calls")]
     assume(template != "gemma" or messages[0]["role"] != "system")
     documents = encode_record({"messages": messages}, codec_of(made))
-    assert learnt(documents) == expected(made, messages)
+    assert learned(documents) == expected(made, messages)
     if template in ("chatml", "qwen2", "gemma"):
         assert len(documents) == 1
 
@@ -535,11 +535,11 @@ FIELDS = ["messages", "conversations", "prompt", "completion", "text", "tools", 
 @pytest.mark.parametrize("template", ["qwen3", "gemma"])
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(record=st.one_of(JSON, st.dictionaries(st.sampled_from(FIELDS), JSON)))
-def test_any_record_is_learnt_or_an_error_that_names_its_place(tokenizer, template, record):
+def test_any_record_is_learned_or_an_error_that_names_its_place(tokenizer, template, record):
     try:
         documents = encode_record(record, codec_of(tokenizer(template)), "d.jsonl, line 5")
     except RecordError as error:
         assert str(error).startswith("d.jsonl, line 5: ")
         assert len(str(error)) < 2000
     else:
-        assert all(document.ids.shape == document.learnt.shape for document in documents)
+        assert all(document.ids.shape == document.learned.shape for document in documents)

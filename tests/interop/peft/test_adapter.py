@@ -127,7 +127,7 @@ def test_fan_in_fan_out_of_gpt2(tmp_path):
         n_embd=24, n_layer=2, n_head=3, vocab_size=97, bos_token_id=None, eos_token_id=None
     )
     model = transformers.GPT2LMHeadModel(config).eval()
-    reference.randomise(model, 0)
+    reference.randomize(model, 0)
     model.save_pretrained(tmp_path / "base")
     directory = reference.make_adapter(
         tmp_path / "base", tmp_path / "lora", 2, 3, 5, ["c_attn", "c_fc", "wte"], fan_in_fan_out=True
@@ -147,9 +147,9 @@ def test_convolution(tmp_path):
         hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=30, image_size=8, patch_size=4
     )
     base = transformers.ViTModel(config, add_pooling_layer=False).eval()
-    reference.randomise(base, 0)
+    reference.randomize(base, 0)
     lora = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules=["projection"]))
-    reference.randomise(lora.base_model.model.embeddings.patch_embeddings.projection.lora_B["default"], 1)
+    reference.randomize(lora.base_model.model.embeddings.patch_embeddings.projection.lora_B["default"], 1)
     lora.save_pretrained(tmp_path)
     layer = load_lora(tmp_path).layers["embeddings.patch_embeddings.projection"]
     assert (layer.kind, layer.a.shape, layer.b.shape, layer.scale) == ("conv", (4, 4, 3, 3), (3, 24), 5 / 3)
@@ -244,27 +244,27 @@ def test_refused_fields(copied, option):
         load_lora(copied)
 
 
-@pytest.mark.parametrize("initialisation", INITIALISATIONS)
-def test_refused_initialisations(copied, initialisation):
-    edit_config(copied, init_lora_weights=initialisation)
+@pytest.mark.parametrize("initialization", INITIALISATIONS)
+def test_refused_initializations(copied, initialization):
+    edit_config(copied, init_lora_weights=initialization)
     with pytest.raises(FormatError, match="path_initial_model_for_weight_conversion"):
         load_lora(copied)
 
 
-@pytest.mark.parametrize("initialisation", ["pissa", "olora"])
-def test_converted_initialisations_are_read(llama, tmp_path, initialisation):
+@pytest.mark.parametrize("initialization", ["pissa", "olora"])
+def test_converted_initializations_are_read(llama, tmp_path, initialization):
     """What the refusal advises works: PEFT's conversion stores a plain LoRA."""
     base = fresh_base(llama)
-    model = get_peft_model(base, peft_config(init_lora_weights=initialisation))
+    model = get_peft_model(base, peft_config(init_lora_weights=initialization))
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
-    model.peft_config["default"].init_lora_weights = initialisation
+    model.peft_config["default"].init_lora_weights = initialization
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.1)
     model.save_pretrained(tmp_path / "refused")
-    with pytest.raises(FormatError, match=f"init_lora_weights = '{initialisation}' can't be an expert"):
+    with pytest.raises(FormatError, match=f"init_lora_weights = '{initialization}' can't be an expert"):
         load_lora(tmp_path / "refused")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     assert_means_what_peft_says(fresh_base(llama), tmp_path / "converted", IDS)

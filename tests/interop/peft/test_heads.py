@@ -27,7 +27,7 @@ from interop.peft.heads import choose_head, head_of
 from interop.storage.errors import FormatError
 from tests.helpers.encoders import CASES, adapters_on, encoder_inputs, make_encoder, run_encoder
 from tests.helpers.families import MODELS
-from tests.helpers.reference import peft_run, prompt, randomise, relative_error
+from tests.helpers.reference import peft_run, prompt, randomize, relative_error
 from xlora_jax import init_train_state
 from xlora_jax.models.decoder import last_token
 from xlora_jax.training.classification import classification_loss, make_objective_step
@@ -80,7 +80,7 @@ def experts(llama, tmp_path_factory):
 def test_logits_of_decoders(family, task, tmp_path):
     options = {**MODELS[family].options, "num_labels": LABELS}
     model = AUTO[task].from_config(CONFIG_MAPPING[family](**options), dtype=torch.float32).eval()
-    randomise(model, 0)
+    randomize(model, 0)
     model.save_pretrained(tmp_path)
     ours = load_base(tmp_path, dtype=jnp.float32, scan_layers=False)
     left, right = prompt(3, 9, "left"), prompt(3, 9, "right", seed=1)

@@ -40,7 +40,7 @@ def inspect(*given):
     return done.exit_code, done.output
 
 
-def test_data_as_it_is_learnt(tokenizer_dir, tmp_path):
+def test_data_as_it_is_learned(tokenizer_dir, tmp_path):
     from transformers import AutoTokenizer
 
     path = tmp_path / "data.jsonl"
@@ -49,19 +49,19 @@ def test_data_as_it_is_learnt(tokenizer_dir, tmp_path):
     assert code == 0, text
     documents = encode_records(RECORDS, codec_of(AutoTokenizer.from_pretrained(tokenizer_dir)))
     assert len(documents) == 4
-    tokens, learnt = sum(len(d.ids) for d in documents), sum(d.learnt.sum() for d in documents)
+    tokens, learned = sum(len(d.ids) for d in documents), sum(d.learned.sum() for d in documents)
     words = " ".join(text.split())
     assert "3 (1 of messages, 1 of prompt and completion, 1 of text)" in words
     assert f"{tokens:,}" in words
-    assert f"{learnt} ({learnt / tokens:.1%})" in words
-    lost = sum(d.learnt[40:].sum() for d in documents)
+    assert f"{learned} ({learned / tokens:.1%})" in words
+    lost = sum(d.learned[40:].sum() for d in documents)
     assert lost > 0
     cut = sum(len(d.ids) > 40 for d in documents if not d.divisible)
     words = "".join(character for character in text if character not in " \n│")
-    dropped = sum(not d.learnt[1:40].any() for d in documents if not d.divisible)
+    dropped = sum(not d.learned[1:40].any() for d in documents if not d.divisible)
     assert dropped == 1
-    assert f"documentscutoff:{cut}({lost}learnttokenslost);dropped:{dropped}(" in words
-    # Learnt tokens between brackets, and nothing in them that a terminal would obey.
+    assert f"documentscutoff:{cut}({lost}learnedtokenslost);dropped:{dropped}(" in words
+    # Learned tokens between brackets, and nothing in them that a terminal would obey.
     assert (
         "<|im_start|>assistant\\n\n⟦<think>\\n\n\\n\n</think>\\n\n\\n\nfirst \\x1b[31m\\u202e\\u27e7<|im_end|>\\n\n⟧"
         in text
@@ -72,7 +72,7 @@ def test_data_as_it_is_learnt(tokenizer_dir, tmp_path):
     assert "⟦<think>" not in text.split("example 2")[1].split("second")[0].split("two?")[0]
 
 
-def test_in_a_terminal_a_style_marks_what_is_learnt(tokenizer_dir, tmp_path):
+def test_in_a_terminal_a_style_marks_what_is_learned(tokenizer_dir, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([turn("q", "answer")]))
     console = Console(force_terminal=True, width=100, color_system="standard")

@@ -70,7 +70,7 @@ def test_the_dropout_of_the_adapters_acts_in_training_only(text_files, tmp_path)
             config = json.loads((copy / "adapter_config.json").read_text())
             (copy / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": rate}))
             directories.append(copy)
-        # With a rate of zero nothing is learnt: the evaluation is that of the start.
+        # With a rate of zero nothing is learned: the evaluation is that of the start.
         given = arguments((folder, base_dir, directories), tmp_path / name / "run", "--set", '{"steps": 1}')
         given[given.index("--learning-rate") + 1] = 0.0
         done = invoke(given)

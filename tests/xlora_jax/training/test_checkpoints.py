@@ -64,9 +64,9 @@ def test_the_frozen_base_is_not_saved(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {})
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    learnt = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
+    learned = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
     base = sum(leaf.nbytes for leaf in jax.tree.leaves(params["base"]))
-    assert size < learnt + 40_000 < base
+    assert size < learned + 40_000 < base
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
@@ -236,7 +236,7 @@ def wait_for(output, step, process):
         time.sleep(0.02)
 
 
-def learnt(output):
+def learned(output):
     with np.load(f"{output}.npz") as arrays:
         return dict(arrays)
 
@@ -245,7 +245,7 @@ def learnt(output):
 def undisturbed(tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(start(output))
-    return learnt(output)
+    return learned(output)
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_sigkill_at_a_random_moment_then_resume_is_bit_exact(tmp_path, undisturb
         process.communicate()
         assert not Path(f"{output}.npz").exists()
     finish(start(output))
-    after = learnt(output)
+    after = learned(output)
     assert after.keys() == undisturbed.keys()
     for name, value in after.items():
         assert np.array_equal(value, undisturbed[name]), name
@@ -281,7 +281,7 @@ def test_sigkill_right_after_a_checkpoint_loses_no_entry_of_the_metrics(tmp_path
         assert logged(output)[:latest] == list(range(1, latest + 1))
     finish(start(output))
     assert logged(output) == list(range(1, 41))
-    assert all(np.array_equal(value, undisturbed[name]) for name, value in learnt(output).items())
+    assert all(np.array_equal(value, undisturbed[name]) for name, value in learned(output).items())
 
 
 @pytest.mark.slow
@@ -296,7 +296,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, undisturbed):
     assert stopped < 40
     assert (output / "checkpoints" / str(stopped)).is_dir()
     assert "step=40" in finish(start(output))
-    assert all(np.array_equal(value, undisturbed[name]) for name, value in learnt(output).items())
+    assert all(np.array_equal(value, undisturbed[name]) for name, value in learned(output).items())
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_sigterm_to_one_of_several_processes_stops_all_at_one_step_and_another_m
     assert (output / "checkpoints" / stopped.pop()).is_dir()
     # One process with eight devices goes on where two with one each stopped.
     assert "step=40" in finish(start(output, 0, 4, devices=8))
-    for name, value in learnt(output).items():
+    for name, value in learned(output).items():
         assert np.linalg.norm(value - undisturbed[name]) <= 1e-4 * np.linalg.norm(undisturbed[name]), name
 
 
@@ -327,4 +327,4 @@ def test_a_full_disk_is_an_error_and_the_last_good_checkpoint_stays(tmp_path, un
     good = int(out.split("the last good one is of step ")[1].split(".")[0])
     assert 4 <= good <= 12
     finish(start(output))
-    assert all(np.array_equal(value, undisturbed[name]) for name, value in learnt(output).items())
+    assert all(np.array_equal(value, undisturbed[name]) for name, value in learned(output).items())

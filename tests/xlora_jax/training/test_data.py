@@ -31,11 +31,11 @@ def text_of(ids):
     return "".join(chr(i) for i in ids)
 
 
-def test_answers_alone_are_learnt():
+def test_answers_alone_are_learned():
     (document,) = encode_record({"prompt": "ab", "completion": "cd"}, CODEC)
     assert text_of(document.ids[1:-1]) == "abcd"
     assert document.ids[[0, -1]].tolist() == [BOS, EOS]
-    assert document.learnt.tolist() == [False, False, False, True, True, True]
+    assert document.learned.tolist() == [False, False, False, True, True, True]
     messages = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "q"},
@@ -45,14 +45,14 @@ def test_answers_alone_are_learnt():
         {"role": "user", "content": "unanswered"},
     ]
     (document,) = encode_record({"messages": messages}, CODEC)
-    assert text_of(document.ids[document.learnt]) == "one</>two</>"
+    assert text_of(document.ids[document.learned]) == "one</>two</>"
     assert text_of(document.ids).endswith("<assistant>two</>")
 
 
-def test_text_is_learnt_whole():
+def test_text_is_learned_whole():
     (document,) = encode_record({"text": "abc"}, CODEC)
     assert document.ids.tolist() == [BOS, *map(ord, "abc"), EOS]
-    assert document.learnt.all()
+    assert document.learned.all()
     assert document.divisible
 
 
@@ -68,7 +68,7 @@ def test_the_ends_of_a_text_are_not_doubled():
     assert document.ids.tolist() == [BOS, *map(ord, "abc"), EOS]
     (document,) = encode_record({"prompt": "\x01a\x02", "completion": ""}, CODEC)
     assert document.ids.tolist() == [BOS, ord("a"), EOS, EOS]
-    assert document.learnt.tolist() == [False, False, False, True]
+    assert document.learned.tolist() == [False, False, False, True]
 
 
 def test_one_document_per_answer_where_a_template_forgets():
@@ -80,7 +80,7 @@ def test_one_document_per_answer_where_a_template_forgets():
     ]
     documents = encode_record({"messages": messages}, Codec(encode, chat=forgetful))
     assert [text_of(d.ids) for d in documents] == ["<user>a</><assistant>b</>", "<user>c</><assistant>d</>"]
-    assert [text_of(d.ids[d.learnt]) for d in documents] == ["b</>", "d</>"]
+    assert [text_of(d.ids[d.learned]) for d in documents] == ["b</>", "d</>"]
 
 
 def test_files(tmp_path):
@@ -215,7 +215,7 @@ def test_tokens_beyond_the_vocabulary_are_refused():
             Rows.from_tokens(ids, labels).check_vocabulary(12)
 
 
-def test_tokens_are_counted_whether_learnt_or_not():
+def test_tokens_are_counted_whether_learned_or_not():
     parts = [Document(np.arange(5) + 10, np.arange(5) > 3, False), Document(np.arange(3) + 10, np.arange(3) > 1, False)]
     for pack in (True, False):
         rows = lay_out(parts, 9, pack=pack)

@@ -1,4 +1,4 @@
-"""The training step: what learns, accumulation, chunked loss, rematerialisation, steps that are not finite."""
+"""The training step: what learns, accumulation, chunked loss, rematerialization, steps that are not finite."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_chunk_below_one_is_refused():
 
 
 @pytest.mark.parametrize("policy", REMAT_POLICIES)
-def test_rematerialisation_changes_memory_not_results(policy):
+def test_rematerialization_changes_memory_not_results(policy):
     model, params = synthetic(layers=3)
     data = batch()
     expected = gradient(model, params, data)
@@ -86,7 +86,7 @@ def test_rematerialisation_changes_memory_not_results(policy):
     assert_close(gradient(again, params, data), expected, 1e-6)
 
 
-def test_rematerialisation_stores_less():
+def test_rematerialization_stores_less():
     model, params = synthetic(layers=6)
     trainable, frozen = split_params(params, model.config)
     data = batch(rows=8, tokens=64)
@@ -151,8 +151,8 @@ def test_only_what_learns_has_state():
         roots = {path[0] for path in flatten(state.trainable)}
         assert roots == ({"classifier", "experts"} if train_experts else {"classifier"})
         assert not any(path[-1] == "columns" for path in flatten(state.trainable))
-        learnt = len(jax.tree.leaves(state.trainable))
-        assert len(jax.tree.leaves(state.opt_state)) == 2 * learnt + 1
+        learned = len(jax.tree.leaves(state.trainable))
+        assert len(jax.tree.leaves(state.opt_state)) == 2 * learned + 1
         # Frozen arrays are the caller's own, not copies.
         own = {id(leaf) for leaf in jax.tree.leaves(params)}
         assert all(id(leaf) in own for leaf in jax.tree.leaves(frozen))

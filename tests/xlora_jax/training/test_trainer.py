@@ -32,7 +32,7 @@ def losses(result):
 
 
 def difference(a, b):
-    """Relative difference of what two runs have learnt."""
+    """Relative difference of what two runs have learned."""
     pairs = zip(jax.tree.leaves(a.state.trainable), jax.tree.leaves(b.state.trainable), strict=True)
     return max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
 
@@ -70,7 +70,7 @@ def test_the_kept_scaling_pass_of_a_bfloat16_model_takes_half_the_room(tmp_path)
     assert {path.stat().st_size for path in tmp_path.rglob("*.npy")} == {128 + 10 * 32 * 2}
 
 
-def test_tokens_that_the_base_has_not_are_refused_before_anything_is_learnt(tmp_path):
+def test_tokens_that_the_base_has_not_are_refused_before_anything_is_learned(tmp_path):
     beyond = Rows.from_tokens(np.where(ROWS.arrays["input_ids"] == 7, VOCAB, ROWS.arrays["input_ids"]))
     model = handle()
     for rows, held_out in ((beyond, {}), (ROWS, {"held": beyond})):

@@ -102,7 +102,7 @@ def fields_read(family: str) -> frozenset[str]:
     read: set[str] = set()
     while left:
         name = left.pop()
-        # It names all classes of the file, to initialise them.
+        # It names all classes of the file, to initialize them.
         if name in seen or name.endswith("PreTrainedModel"):
             continue
         seen.add(name)
