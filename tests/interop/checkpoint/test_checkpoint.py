@@ -568,7 +568,7 @@ def test_names_of_the_slots(tmp_path):
         ("mistralrs", 0.0): ["inner.0", "inner.1", "inner.2", "last"],
     }
     for (layout, dropout), expected in names.items():
-        model = small_model(4, xlora_dropout_p=dropout)
+        model = model_for(layout, 4, xlora_dropout_p=dropout)
         write_xlora(tmp_path / layout, layout=layout, **model)
         file = "adapter_model.safetensors" if layout == "peft" else "xlora_classifier.safetensors"
         stored = load_file(tmp_path / layout / file)
@@ -758,7 +758,7 @@ class TestMistralrs:
         }  # fmt: skip
         config = json.loads((tmp_path / "x" / "xlora_config.json").read_text())
         assert config["base_model_id"] == "org/base"
-        assert config["xlora_size"] == 4
+        assert config["xlora_size"] == 5  # the hidden size
         assert config["xlora_dropout_p"] == 0.0  # it would be applied when generating
         assert config["use_bias"] is config["enable_relu_and_dropout"] is True
 
