@@ -149,7 +149,7 @@ def _read_tokenizer(directory: Path) -> None:
     from interop.hf.tokenizer import load_codec
 
     codec = load_codec(directory)
-    codec.encode("abc")
+    codec.encode("abc", 0)
     if codec.chat is not None:
         codec.chat([{"role": "user", "content": "abc"}], True)
 

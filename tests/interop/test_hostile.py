@@ -158,7 +158,6 @@ class TestBase:
             ("attention_bias", "no", "got str"),
             ("dtype", "magic", "magic"),
             ("tie_word_embeddings", 3, "got int"),
-            ("sliding_window", {}, "got {}"),
             ("head_dim", 2**30, "1 to 65536, got 1073741824"),
         ],
     )

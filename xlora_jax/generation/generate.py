@@ -291,7 +291,6 @@ class _Run:
         vocab_size = getattr(xlora.module.config, "vocab_size", None)
         check_token_ids(ids, vocab_size, "input_ids")
         check_token_ids(np.asarray(config.eos, np.int64), vocab_size, "eos_token_id")
-        check_token_ids(np.asarray([config.pad], np.int64), vocab_size, "pad_token_id")
         mask = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
         if mask.shape != ids.shape:
             raise ValueError(

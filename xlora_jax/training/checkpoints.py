@@ -7,6 +7,7 @@ checksums of its arrays and of its JSON. A damaged one is set aside with a warni
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -105,7 +106,9 @@ class Checkpoints:
         """
         step = int(state.step)
         plain = _plain(state)
-        described = {"shapes": _shapes(plain), "checksums": checksums(_named(plain)), "data": dict(data)}
+        # A copy: writing is asynchronous, and the caller may change its values meanwhile.
+        data = copy.deepcopy(dict(data))
+        described = {"shapes": _shapes(plain), "checksums": checksums(_named(plain)), "data": data}
         try:
             self._manager.check_for_errors()
             self._manager.save(

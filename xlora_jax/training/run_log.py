@@ -82,7 +82,7 @@ class RunLog:
 
     def get_state(self) -> dict[str, Any]:
         """Return the losses since the last entry, as JSON values."""
-        return {"losses": self._losses}
+        return {"losses": list(self._losses)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state that :meth:`get_state` returned, so that the next entry averages over all its steps."""

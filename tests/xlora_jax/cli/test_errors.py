@@ -73,9 +73,9 @@ def test_the_codes_are_in_the_help():
     "arguments",
     [
         ["inspect", "--base", "{x}/none", "{x}"],
-        ["generate", "{x}", "--prompt", "a"],
-        ["report", "{x}", "--checkpoint", "{x}", "--data", "a={x}/none"],
-        ["report", "{x}", "--checkpoint", "{x}", "--data", "a={x}/none", "--batch-size", "0"],
+        ["generate", "--base", "{x}", "--prompt", "a"],
+        ["report", "--base", "{x}", "--checkpoint", "{x}", "--data", "a={x}/none"],
+        ["report", "--base", "{x}", "--checkpoint", "{x}", "--data", "a={x}/none", "--batch-size", "0"],
         ["export", "--base", "{x}", "--checkpoint", "{x}", "--output", "{x}/out"],
         ["train", "--base", "{x}", "--adapter", "a={x}", "--data", "{x}/none", "--output", "{x}/out"],
     ],
@@ -91,27 +91,36 @@ def test_every_command_ends_so(arguments, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+# A job in the background of a shell is started with SIGINT ignored, and Python then installs no handler.
+INTERRUPTIBLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from xlora_jax.cli import main
+main()
+"""
+
+
 @pytest.mark.slow
 def test_an_interrupted_training_ends_with_130(text_files, tmp_path):
     folder, base_dir, adapters = text_files
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from xlora_jax.cli import main; main()", "train", "--base", base_dir),
-            *("--adapter", f"a={adapters[0]}", "--adapter", f"b={adapters[1]}", "--data", folder / "train.jsonl"),
-            *("--output", tmp_path / "run", "--length", "32", "--batch-size", "2", "--steps", "100000"),
-            *("--log-every", "1", "--checkpoint-every", "0", "--set", '{"tensorboard": false}'),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [
+        *(sys.executable, "-c", INTERRUPTIBLE, "train", "--base", base_dir),
+        *("--adapter", f"a={adapters[0]}", "--adapter", f"b={adapters[1]}", "--data", folder / "train.jsonl"),
+        *("--output", tmp_path / "run", "--length", "32", "--batch-size", "2", "--steps", "100000"),
+        *("--log-every", "1", "--checkpoint-every", "0", "--set", '{"tensorboard": false}'),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        try:
+            while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err.splitlines()[-1] == "xlora-jax train: interrupted"
     assert "Traceback" not in err

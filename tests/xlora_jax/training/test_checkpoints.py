@@ -35,6 +35,18 @@ def equal(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+def test_values_changed_while_a_checkpoint_is_written_are_not_in_it(tmp_path):
+    model, params = synthetic()
+    state, _ = init_train_state(params, model.config, optax.sgd(0.1))
+    losses = [1.0] + [2.0] * 1000
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"log": {"losses": losses}})
+        losses.clear()
+    with Checkpoints(tmp_path) as checkpoints:
+        _, data = checkpoints.restore(state)
+    assert data["log"]["losses"] == [1.0] + [2.0] * 1000
+
+
 def test_a_state_comes_back_as_it_was(tmp_path):
     model, params = synthetic(use_trainable_adapters=True)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))

@@ -13,7 +13,7 @@ from xlora_jax.training.run_lock import RunLockedError, run_lock
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
-from xlora_jax.run_lock import run_lock
+from xlora_jax.training.run_lock import run_lock
 with run_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

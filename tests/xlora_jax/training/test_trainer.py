@@ -74,7 +74,7 @@ def test_tokens_that_the_base_has_not_are_refused_before_anything_is_learned(tmp
     beyond = Rows.from_tokens(np.where(ROWS.arrays["input_ids"] == 7, VOCAB, ROWS.arrays["input_ids"]))
     model = handle()
     for rows, held_out in ((beyond, {}), (ROWS, {"held": beyond})):
-        with pytest.raises(ValueError, match=rf"expected a token id from 0 to {VOCAB - 1}, .* got {VOCAB}"):
+        with pytest.raises(ValueError, match=rf"expected token ids from 0 to {VOCAB - 1}, .* got {VOCAB}"):
             train(model, rows, CONFIG, eval_rows=held_out, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -142,7 +142,8 @@ def changes(family: str, field: str) -> dict[str, Any]:
         }
     if field == "no_rope_layer_interval":
         turned["no_rope_layers"] = None
-    if field in ("max_window_layers", "_sliding_window_pattern", "use_sliding_window") and family != "smollm3":
+    resolved = field in ("max_window_layers", "_sliding_window_pattern", "use_sliding_window") and family != "smollm3"
+    if resolved and "layer_types" in own_fields(family):
         turned["layer_types"] = None
     if field == "hidden_size" and family == "opt":
         turned["word_embed_proj_dim"] = turned[field]
