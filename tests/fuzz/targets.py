@@ -147,11 +147,12 @@ def _tokenizer(directory: Path) -> None:
 
 def _read_tokenizer(directory: Path) -> None:
     from interop.hf.tokenizer import load_codec
+    from xlora_jax.training.chats import Chat
 
     codec = load_codec(directory)
     codec.encode("abc", 0)
     if codec.chat is not None:
-        codec.chat([{"role": "user", "content": "abc"}], True)
+        codec.chat(Chat([{"role": "user", "content": "abc"}]), [(1, True)])
 
 
 def _settings(directory: Path) -> None:
