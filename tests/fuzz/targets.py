@@ -285,6 +285,25 @@ def _inspected(directory: Path) -> None:
     inspect_path(str(directory))
 
 
+def _records(directory: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records: list[dict[str, Any]] = [{"text": "abc"}, {"prompt": "a", "completion": "b"}, {"messages": chat}]
+    (directory / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "data.json").write_text(json.dumps(records))
+    (directory / "data.csv").write_text("prompt,completion\na,b\n")
+
+
+def _read_records(directory: Path) -> None:
+    from xlora_jax.training.data import Codec, encode_records
+    from xlora_jax.training.records import read_records
+
+    def encode(text: str, start: int) -> tuple[list[int], int]:
+        return [ord(character) % 97 for character in text], start
+
+    for path in sorted(directory.iterdir()):
+        list(encode_records(read_records(path), Codec(encode)))
+
+
 TARGETS = {
     "adapter": Target(_adapter, _read_adapter),
     "adapter, bin": Target(_adapter_bin, _read_adapter),
@@ -301,6 +320,7 @@ TARGETS = {
     "metrics": Target(_metrics, _read_metrics),
     "checkpoints of training": Target(_checkpoints, _read_checkpoints),
     "scaling cache": Target(_scaling_cache, _read_scaling_cache),
+    "data records": Target(_records, _read_records),
     "inspect": Target(_xlora("peft"), _inspected),
 }
 

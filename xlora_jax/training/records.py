@@ -30,8 +30,18 @@ _JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")
 _LISTED = 5
 
 
+# Longest message of an error: names in a file can be of any length.
+_MOST = 4000
+
+
 class RecordError(ValueError):
-    """A record that cannot be learned. The message begins with its file and line, or its index, and names the field."""
+    """A record that cannot be learned.
+
+    The message begins with its file and line, or its index, and names the field. An overlong message is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= _MOST else message[:_MOST] + "...")
 
 
 @dataclass
