@@ -1,10 +1,11 @@
 """Selection of the tests that need only the core's dependencies: `pytest --core` leaves out the others.
 
-A test file is left out if importing it imports one of `FOREIGN`, directly or through modules of this repository. In the
+A test file is left out if importing it imports a package other than `CORE`, directly or through our own modules. In the
 files that stay, a test is left out if an import in its body does so, or if it uses a fixture whose function does.
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Packages of the extras `interop`, `torch`, `cli` and `test` that the core does without.
-FOREIGN = {"datasets", "huggingface_hub", "peft", "safetensors", "tokenizers", "torch", "transformers", "typer"}
+OURS = {"xlora_jax", "interop", "tests", "examples", "benchmarks"}
+# Packages of `dependencies` and of the extras `train` and `core-test`.
+CORE = {
+    "jax",
+    "jaxlib",
+    "ml_dtypes",
+    "flax",
+    "optax",
+    "numpy",
+    "orbax",
+    "grain",
+    "rich",
+    "tensorboardX",
+    "pytest",
+    "hypothesis",
+}
 
 
 def _is_type_checking(node: ast.stmt) -> bool:
@@ -40,9 +55,13 @@ def _needs_foreign(body: list[ast.stmt]) -> bool:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        if any(name.split(".")[0] in FOREIGN or _module_needs_foreign(name) for name in names):
+        if any(_is_foreign(name.split(".")[0]) or _module_needs_foreign(name) for name in names):
             return True
     return False
+
+
+def _is_foreign(package: str) -> bool:
+    return package not in CORE | OURS and package not in sys.stdlib_module_names
 
 
 @cache
