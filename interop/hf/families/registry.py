@@ -126,6 +126,7 @@ def family_of(model_type: object, where: str) -> Family:
     """Return the family of a ``model_type``, or raise a FormatError that lists the known ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise FormatError(
-            f"{where}: field 'model_type': expected one of {', '.join(FAMILIES)}, got {brief(model_type)}"
+            f"{where}: field 'model_type': expected one of {', '.join(FAMILIES)}, got {brief(model_type)}."
+            f"{torchax_hint()}"
         )
     return FAMILIES[model_type]
