@@ -27,6 +27,7 @@ from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["fit_adapters", "stack_experts", "unstack_experts"]
 
+
 def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[LoraAdapter, ...]:
     """Check adapters against a base model, and return them with the base's module names.
 

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from interop.hf.config import read_config
-from interop.hf.families.registry import FAMILIES, classifying, decoder_config
+from interop.hf.families.registry import FAMILIES, classifying, decoder_config, torchax_hint
 from interop.hf.families.table import LEAVES, Family, abstract_params
 from interop.hf.head import Head
-from interop.hf.torch_base import TorchFamily, declare_torch, head_tensors_of, read_torch_params, torch_shapes, torchax_hint
+from interop.hf.torch_base import TorchFamily, declare_torch, head_tensors_of, read_torch_params, torch_shapes
 from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
@@ -64,14 +64,14 @@ class BaseOrigin:
     Attributes:
         name_or_path: directory or hub id as the user gave it.
         directory: directory of the model's files.
-        family: model family.
+        family: a :class:`~interop.hf.families.table.Family`, or a :class:`~interop.hf.torch_base.TorchFamily`.
         config: model's config as transformers reads it.
         head: classification head that replaces the base's own, or None.
     """
 
     name_or_path: str
     directory: Path
-    family: Family | TorchFamily
+    family: Any
     config: Mapping[str, Any]
     head: Head | None = None
 
@@ -332,7 +332,7 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
     origin: BaseOrigin = model.origin
     if isinstance(origin.family, TorchFamily):
         raise FormatError(
-            f"{origin.name_or_path}: a base that runs by torchax is not written; it is unchanged, so copy its directory."
+            f"{origin.name_or_path}: a base that runs by torchax is not written; it is unchanged: copy its directory."
         )
     with replacing(directory, owned=_OWNED) as folder:
         config = read_json(origin.directory / "config.json")

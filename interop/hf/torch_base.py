@@ -5,11 +5,9 @@ Layers and their numbers come from the model's ``named_modules()``, which is PEF
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from xlora_jax.conversion.linen import FoundLayer
     from xlora_jax.conversion.torch import TorchModule
 
-__all__ = ["TorchDetails", "TorchFamily", "declare_torch", "head_tensors_of", "read_torch_params", "torch_shapes", "torchax_hint"]
+__all__ = ["TorchDetails", "TorchFamily", "declare_torch", "head_tensors_of", "read_torch_params", "torch_shapes"]
 
 _HEADS = {
     "ForSequenceClassification": "pooled",
@@ -105,16 +103,6 @@ class TorchFamily:
         names = tuple(name for name in self.layers if name in adapted)
         slots = tuple(Slot(self.layers[name].path, number) for number, name in enumerate(names))
         return AdaptedLayers(names, slots, with_bias)
-
-
-def torchax_hint() -> str:
-    """Return the part of an error message that says how to run a model that is not ported."""
-    if find_spec("torchax") is not None and find_spec("torch") is not None:
-        return ""
-    return (
-        " Models of other types run as PyTorch code through torchax: pip install 'xlora-jax[torchax]', with a build of "
-        "torch for the CPU."
-    )
 
 
 def declare_torch(
@@ -241,9 +229,7 @@ def _with_weights(kind: Any, config: Any, directory: Path, dtype: Any, head: Hea
         if jnp.issubdtype(tensor.dtype, jnp.floating):
             require_finite(tensor.read(), tensor.name, tensor.file)
     if head is not None:
-        labels = next(tensor.shape[0] for name, tensor in reversed(head.tensors.items()) if name.endswith("weight"))
-        config.id2label = {i: f"LABEL_{i}" for i in range(labels)}
-        config.label2id = {label: i for i, label in config.id2label.items()}
+        _set_labels(kind, config, head)
     model, report = load_torch_model(kind, directory, config, dtype)
     brought = {} if head is None else head.tensors
     missing = sorted(set(report["missing_keys"]) - brought.keys())
@@ -263,6 +249,20 @@ def _with_weights(kind: Any, config: Any, directory: Path, dtype: Any, head: Hea
         )
     _put_head(model, head)
     return model
+
+
+def _set_labels(kind: Any, config: Any, head: Head) -> None:
+    """Set the number of classes of a config so that a head fits, if any number does."""
+    import torch
+
+    sizes = {name: tensor.shape for name, tensor in head.tensors.items()}
+    for labels in dict.fromkeys(shape[0] for shape in sizes.values() if shape):
+        config.id2label = {i: f"LABEL_{i}" for i in range(labels)}
+        config.label2id = {label: i for i, label in config.id2label.items()}
+        with torch.device("meta"):
+            own = {name: tuple(parameter.shape) for name, parameter in kind._from_config(config).named_parameters()}
+        if all(own.get(name) == shape for name, shape in sizes.items()):
+            return
 
 
 def _put_head(model: Any, head: Head | None) -> None:

@@ -40,8 +40,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], list[list[str]]]] = {
         "GPTNeoForCausalLM",
         "GPTNeoConfig",
         {
-            **{"vocab_size": V, "hidden_size": D, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64},
-            **{"attention_types": [[["global", "local"], 1]], "window_size": 4},
+            "vocab_size": V,
+            "hidden_size": D,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": 64,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
         },
         [["q_proj", "c_fc"], ["out_proj"]],
     ),
@@ -57,7 +62,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], list[list[str]]]] = {
         {
             "text_config": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
             "vision_config": _VISION,
-            **{"mm_tokens_per_image": 4, "image_token_index": V - 1, "boi_token_index": V - 2, "eoi_token_index": V - 3},
+            "mm_tokens_per_image": 4,
+            "image_token_index": V - 1,
+            "boi_token_index": V - 2,
+            "eoi_token_index": V - 3,
         },
         [[r"model\.language_model\..*q_proj"], [r"model\.language_model\..*up_proj"]],
     ),
@@ -97,10 +105,12 @@ def make_torch_model(name: str, directory: Path, kind: str | None = None, **opti
     return model
 
 
-def make_adapters(name: str, base_dir: Path, directory: Path, **options: Any) -> list[Path]:
-    """Save an adapter for each list of targets of the model, and return their directories."""
+def make_adapters(
+    name: str, base_dir: Path, directory: Path, targets_of: Sequence[list[str]] = (), **options: Any
+) -> list[Path]:
+    """Save an adapter for each list of targets, by default the model's, and return their directories."""
     made = []
-    for number, targets in enumerate(MODELS[name][3]):
+    for number, targets in enumerate(targets_of or MODELS[name][3]):
         model = reloaded(base_dir)
         pattern = targets[0] if len(targets) == 1 else f"({'|'.join(targets)})"
         is_pattern = any("." in target for target in targets)

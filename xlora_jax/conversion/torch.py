@@ -23,13 +23,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchax.tensor import Tensor
+
+try:
+    import torch
+    from torchax.tensor import Tensor
+except ImportError as error:
+    raise ImportError(
+        f"{error}: PyTorch models run through torchax: pip install 'xlora-jax[torchax]', with a build of torch for the "
+        f"CPU"
+    ) from error
 
 from xlora_jax.config import XLoraConfig
 from xlora_jax.conversion.linen import Axes, ForeignModule, FoundLayer, Lora, Plan, put_together
-from xlora_jax.conversion.torch_lowerings import make_environment
+from xlora_jax.conversion.torch_lowerings import make_environment, masks_by_jax
 from xlora_jax.layers.modules import add_experts, project_conv, project_dense
 from xlora_jax.model import XLoraModel
 from xlora_jax.models import DecoderOutput
@@ -178,6 +185,7 @@ class TorchModule(ForeignModule):
                 stack.callback(self.module.get_submodule(name).register_forward_hook(hook).remove)
             # A key made in one trace must not be left in the environment for the next.
             stack.enter_context(ENVIRONMENT.override_property(prng=jax.random.key(0)))
+            stack.enter_context(masks_by_jax(ENVIRONMENT))
             stack.enter_context(warnings.catch_warnings())
             # PyTorch counts in int64, and JAX in int32 unless told otherwise.
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")
@@ -189,9 +197,9 @@ class TorchModule(ForeignModule):
         return {leaf.name: flat[leaf.path].T if leaf.transposed else flat[leaf.path] for leaf in self.leaves}
 
 
-def _call(module: Any, params: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _call(module: Any, params: dict[str, Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call a module with other parameters; arrays in, arrays out."""
-    args, kwargs, params = ENVIRONMENT.j2t_iso((tuple(args), dict(kwargs), dict(params)))
+    args, kwargs, params = ENVIRONMENT.j2t_iso((tuple(args), kwargs, params))
     with ENVIRONMENT, torch.no_grad():
         out = torch.func.functional_call(module, params, args, kwargs, tie_weights=True)
         return ENVIRONMENT.t2j_iso(out)
@@ -353,7 +361,7 @@ def take_params(
         empty = torch.empty_like(tensor, device="meta")
         shared = torch.nn.Parameter(empty, requires_grad=False) if leaf.name not in buffers else empty
         for module, own in owners.get(id(tensor), ()):
-            held = module._parameters if own in module._parameters else module._buffers
+            held: dict[str, Any] = module._parameters if own in module._parameters else module._buffers
             held[own] = shared
         del tensor
     for module in model.modules():

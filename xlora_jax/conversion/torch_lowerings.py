@@ -6,6 +6,9 @@ Each has the reason for which it is here. A version of torchax that no longer ne
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 import torch
 from torchax import tensor
 
-__all__ = ["make_environment"]
+__all__ = ["make_environment", "masks_by_jax"]
 
 
 def _attention(
@@ -63,8 +66,52 @@ def _grouped_mm(
 
 
 def _is_all_true(x: jax.Array) -> jax.Array:
-    """Whether all elements are true; torchax has none."""
-    return jnp.all(x)
+    """Whether all elements are true; torchax has none.
+
+    ``torch._check_tensor_all`` reads the answer while the model is traced, when there are no values yet. So the answer
+    is yes, and the check is made when the program runs.
+    """
+    jax.debug.callback(_require, jnp.all(x))
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(True)
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise ValueError(
+            "a check in the model's own code failed on these inputs; for images beside text, expected one image token "
+            "for each feature of the images"
+        )
+
+
+@contextmanager
+def masks_by_jax(environment: tensor.Environment) -> Iterator[None]:
+    """Let transformers make its masks with ``jax.vmap``, within a ``with`` block; torchax has no ``torch.vmap``.
+
+    transformers 5 maps a function of four indices over all of them where a model adds a condition of its own, such as
+    Gemma 3 for images.
+    """
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    if not hasattr(masks, "_vmap_expansion_sdpa"):
+        yield
+        return
+
+    def expanded(mask_function: Any) -> Any:
+        def one(*indices: jax.Array) -> jax.Array:
+            mask: jax.Array = environment.t2j_iso(environment.v2t_iso(mask_function(*environment.j2t_iso(indices))))
+            return mask
+
+        mapped: Any = one
+        for axis in (3, 2, 1, 0):
+            mapped = jax.vmap(mapped, in_axes=tuple(0 if i == axis else None for i in range(4)))
+        return lambda *indices: environment.j2t_iso(mapped(*environment.t2j_iso(environment.v2t_iso(indices))))
+
+    before = masks._vmap_expansion_sdpa
+    masks._vmap_expansion_sdpa = expanded
+    try:
+        yield
+    finally:
+        masks._vmap_expansion_sdpa = before
 
 
 def make_environment() -> tensor.Environment:

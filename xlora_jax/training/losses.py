@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-__all__ = ["IGNORED_LABEL", "HeadFunction", "causal_lm_loss", "chunked_cross_entropy", "next_token_targets", "summed_cross_entropy"]
+__all__ = [
+    "IGNORED_LABEL",
+    "HeadFunction",
+    "causal_lm_loss",
+    "chunked_cross_entropy",
+    "next_token_targets",
+    "summed_cross_entropy",
+]
 
 IGNORED_LABEL = -100
 
