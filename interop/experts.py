@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interop.hf.base import BaseOrigin, Placer, put_on_default_device
-from interop.hf.families.table import ADAPTABLE, LEAVES, Placed, abstract_params
+from interop.hf.families.table import ADAPTABLE, LEAVES, Placed
 from interop.peft.adapter import LoraAdapter, LoraLayer
 from interop.peft.names import match_module, renamed
 from interop.storage.errors import FormatError, listed
@@ -27,8 +27,6 @@ from xlora_jax.trees import Path, flatten, unflatten
 
 __all__ = ["fit_adapters", "stack_experts", "unstack_experts"]
 
-_KERNELS = ("kernel", "embedding")
-
 
 def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[LoraAdapter, ...]:
     """Check adapters against a base model, and return them with the base's module names.
@@ -39,13 +37,18 @@ def fit_adapters(adapters: Sequence[LoraAdapter], base: BaseModel) -> tuple[Lora
     """
     origin: BaseOrigin = base.origin
     module = cast(Transformer, base.module)
-    shapes = _layer_shapes(base)
+    shapes = origin.family.kernel_shapes(module)
     places = {placed.hf: placed for placed in origin.family.modules(module) if placed.kind in ADAPTABLE}
     for adapter in adapters:
         _check_side(adapter, origin)
     fitted = tuple(renamed(adapter, places) for adapter in adapters)
     for adapter in fitted:
         for name, layer in adapter.layers.items():
+            if reason := origin.family.refused.get(name):
+                raise FormatError(
+                    f"adapter {adapter.name!r} ({adapter.path}): experts can't adapt {name!r} of "
+                    f"{origin.name_or_path}: {reason}. Train the adapter without it (target_modules)."
+                )
             place = places[name]
             _check_layer(adapter, layer, place, shapes[place.path], base)
             if layer.base_weight is not None:
@@ -103,7 +106,7 @@ def stack_experts(
     """
     origin: BaseOrigin = base.origin
     module = cast(Transformer, base.module)
-    shapes = _layer_shapes(base)
+    shapes = origin.family.kernel_shapes(module)
     pieces: dict[str, list[Piece]] = {}
     for expert, adapter in enumerate(adapters):
         for name, layer in adapter.layers.items():
@@ -213,22 +216,8 @@ def _weight(base: BaseModel, place: Placed, part: str) -> NDArray[Any]:
     if own is None:
         kernel = leaves.get((*place.path, "kernel"))
         # The kernel of a tied head is the embedding table.
-        own = leaves[("embed_tokens", "embedding")] if kernel is None else kernel
+        own = leaves[base.origin.family.table] if kernel is None else kernel
         if kernel is not None and LEAVES[place.kind]["kernel"][1]:
             own = np.swapaxes(np.asarray(own), -1, -2)
     weight: NDArray[Any] = np.asarray(own)[place.member]
     return weight
-
-
-def _layer_shapes(base: BaseModel) -> dict[Path, tuple[int, ...]]:
-    """Return the kernel shape of every layer that can be adapted, by path; for an embedding [V, D]."""
-    module = cast(Transformer, base.module)
-    leaves = {path[:-1]: leaf.shape for path, leaf in flatten(abstract_params(module)).items() if path[-1] in _KERNELS}
-    # A tied head has no kernel of its own.
-    config = module.config
-    leaves.setdefault(("lm_head",), (config.embed_size or config.hidden_size, config.vocab_size))
-    return {
-        placed.path: leaves[placed.path][len(placed.member) :]
-        for placed in base.origin.family.modules(module)
-        if placed.kind in ADAPTABLE
-    }

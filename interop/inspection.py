@@ -20,6 +20,7 @@ from interop.hf.base import blank_head, open_base
 from interop.hf.config import BASE_CONFIG_FILE
 from interop.hf.families.fields import NoHeadError
 from interop.hf.families.table import ADAPTABLE
+from interop.hf.torch_base import TorchFamily
 from interop.model import experts_of, open_xlora
 from interop.peft.adapter import LoraAdapter, load_lora
 from interop.peft.config import ADAPTER_CONFIG_FILE
@@ -122,6 +123,7 @@ def _look_at_base(found: Inspection) -> None:
     family, config = model.origin.family, model.module.config
     count = sum(int(np.prod(leaf.shape)) for leaf in flatten(model.params).values())
     found.facts["family"] = f"{family.model_type} ({family.causal_lm})"
+    found.facts["backend"] = "torchax (PyTorch code)" if isinstance(family, TorchFamily) else "flax"
     found.facts["parameters"] = f"{count:,}"
     try:
         tensors = open_tensors(model.origin.directory).values()

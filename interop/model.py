@@ -59,6 +59,7 @@ def load_xlora(
     head: str | None = None,
     scan_layers: bool = True,
     place: Placer | None = None,
+    backend: str = "auto",
     **hub_options: Any,
 ) -> XLoraModel:
     """Load an X-LoRA model: a base model, its experts, and a classifier, new or trained.
@@ -79,6 +80,7 @@ def load_xlora(
             else the base's own.
         scan_layers: see :func:`interop.load_base`.
         place: see :func:`interop.load_base`; it is called for the arrays of experts and classifier too.
+        backend: see :func:`interop.load_base`.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
 
     Returns:
@@ -91,7 +93,9 @@ def load_xlora(
 
     def get_base(brought: Head | None) -> BaseModel:
         if not isinstance(base, BaseModel):
-            return load_base(base, dtype=dtype, scan_layers=scan_layers, place=place, head=brought, **hub_options)
+            return load_base(
+                base, dtype=dtype, scan_layers=scan_layers, place=place, head=brought, backend=backend, **hub_options
+            )
         if dtype is not None and jnp.dtype(dtype) != jnp.dtype(base.module.dtype):
             raise ValueError(f"dtype {dtype} differs from that of the base model given, {base.module.dtype}")
         if brought is not None and not brought.equals(base.origin.head):
@@ -212,7 +216,7 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         adapters=unstack_experts(model.params["experts"], model.layers, origin.adapters),
         base_model=origin.base.name_or_path,
         layer_names=model.layer_names,
-        extras={"task_type": _TASK_TYPES[model.module.config.head], **origin.extras},
+        extras={"task_type": _TASK_TYPES.get(model.module.config.head), **origin.extras},
         head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
         num_labels=model.module.config.num_labels,
     )
@@ -254,7 +258,7 @@ def _brought_head(trained: XLoraCheckpoint | None, adapters: Sequence[LoraAdapte
 
 
 # PEFT's task type for each kind of head; it has none for image classification.
-_TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS", "first": None}
+_TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS"}
 
 
 def experts_of(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None = None) -> Mapping[str, str | Path]:

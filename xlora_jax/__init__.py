@@ -15,6 +15,7 @@ _HOMES = {
     "config": ("XLoraConfig",),
     "conversion.linen": ("Lora", "convert", "find_layers"),
     "conversion.nnx": ("convert_nnx",),
+    "conversion.torch": ("convert_torch",),
     "generation.generate": ("GenerationConfig", "GenerationStats"),
     "generation.sampling": ("LogitsProcessor", "Sampler"),
     "generation.text": ("StopStrings",),

@@ -4,6 +4,7 @@ from xlora_jax.conversion.linen import Lora as Lora
 from xlora_jax.conversion.linen import convert as convert
 from xlora_jax.conversion.linen import find_layers as find_layers
 from xlora_jax.conversion.nnx import convert_nnx as convert_nnx
+from xlora_jax.conversion.torch import convert_torch as convert_torch
 from xlora_jax.generation.generate import GenerationConfig as GenerationConfig
 from xlora_jax.generation.generate import GenerationStats as GenerationStats
 from xlora_jax.generation.sampling import LogitsProcessor as LogitsProcessor

@@ -18,7 +18,7 @@ from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json
 from interop.storage.hub import resolve
 
-__all__ = ["encode_text", "load_hf_config", "load_tokenizer", "warn_of_added_tokens"]
+__all__ = ["encode_text", "load_hf_config", "load_tokenizer", "load_torch_model", "warn_of_added_tokens"]
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -35,6 +35,35 @@ def load_hf_config(directory: Path) -> Any:
         Exception: an error of transformers, of any type.
     """
     return _from_pretrained("AutoConfig", directory)
+
+
+def load_torch_model(kind: Any, directory: Path, config: Any, dtype: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Load a PyTorch model from safetensors.
+
+    Args:
+        kind: model class of transformers.
+        directory: directory of the model.
+        config: config of the model.
+        dtype: torch dtype of the parameters.
+
+    Returns:
+        The model, and transformers' report of missing, unexpected and mismatched tensors.
+
+    Raises:
+        Exception: an error of transformers, of any type.
+    """
+    with _no_questions():
+        loaded: tuple[Any, Mapping[str, Any]] = kind.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    return loaded
 
 
 def load_tokenizer(base: str | Path, **hub_options: Any) -> Any:

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from interop.hf.config import read_config
-from interop.hf.families.registry import classifying, decoder_config
+from interop.hf.families.registry import FAMILIES, classifying, decoder_config, torchax_hint
 from interop.hf.families.table import LEAVES, Family, abstract_params
 from interop.hf.head import Head
+from interop.hf.torch_base import TorchFamily, declare_torch, head_tensors_of, read_torch_params, torch_shapes
 from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
@@ -63,14 +64,14 @@ class BaseOrigin:
     Attributes:
         name_or_path: directory or hub id as the user gave it.
         directory: directory of the model's files.
-        family: model family.
+        family: a :class:`~interop.hf.families.table.Family`, or a :class:`~interop.hf.torch_base.TorchFamily`.
         config: model's config as transformers reads it.
         head: classification head that replaces the base's own, or None.
     """
 
     name_or_path: str
     directory: Path
-    family: Family
+    family: Any
     config: Mapping[str, Any]
     head: Head | None = None
 
@@ -82,6 +83,7 @@ def load_base(
     scan_layers: bool = True,
     place: Placer | None = None,
     head: Head | None = None,
+    backend: str = "auto",
     **hub_options: Any,
 ) -> BaseModel:
     """Load an HF model: a causal language model or a classification model.
@@ -96,6 +98,8 @@ def load_base(
             such as :func:`xlora_jax.sharding.placer` of a mesh. None puts all parameters on the default device.
         head: classification head (see :func:`interop.peft.heads.choose_head`) that replaces the head in the base's
             files; None keeps the base's own.
+        backend: ``flax``, for the families of this library; ``torchax``, for PyTorch code of transformers as a JAX
+            function (extra ``torchax``); or ``auto``: ``flax`` if the family is ported, else ``torchax``.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
@@ -106,11 +110,41 @@ def load_base(
             value that is not implemented.
     """
     directory = resolve(base, **hub_options)
+    if _runs_by_torchax(directory, backend):
+        foreign, family, config, model = declare_torch(directory, dtype, head, weights=True)
+        params = read_torch_params(foreign, model, place or put_on_default_device)
+        return BaseModel(foreign, params, BaseOrigin(str(base), directory, family, config, head))
     module, origin = _declare(base, directory, dtype, scan_layers, head)
     module, tensors = _as_stored(module, origin, open_tensors(directory))
     place = place or put_on_default_device
     params = read_params(module, origin, tensors, np.dtype(module.param_dtype), place)
     return BaseModel(module, params, origin)
+
+
+def _runs_by_torchax(directory: Path, backend: str) -> bool:
+    """Return whether a model runs as PyTorch code.
+
+    Raises:
+        ValueError: the backend is unknown.
+        FormatError: the model's family is not ported, and torchax is not installed or not allowed.
+    """
+    if backend not in ("auto", "flax", "torchax"):
+        raise ValueError(f"backend: expected 'auto', 'flax' or 'torchax', got {backend!r}")
+    path = file_in(directory, "config.json")
+    if path is None or backend == "flax":
+        return False
+    model_type = read_json(path).get("model_type")
+    if backend == "auto":
+        if model_type in FAMILIES or not isinstance(model_type, str) or torchax_hint():
+            return False
+        warnings.warn(
+            f"{path}: {model_type!r} is not ported to Flax, so it runs as PyTorch code through torchax.",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif hint := torchax_hint():
+        raise FormatError(f"{path}: backend 'torchax' is not installed.{hint}")
+    return True
 
 
 def _declare(
@@ -162,7 +196,12 @@ class UnreadLeaf:
 
 
 def open_base(
-    base: str | Path, *, dtype: jax.typing.DTypeLike | None = None, head: Head | None = None, **hub_options: Any
+    base: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    head: Head | None = None,
+    backend: str = "auto",
+    **hub_options: Any,
 ) -> BaseModel:
     """Open an HF model without reading its weights, to check adapters and checkpoints against it.
 
@@ -172,6 +211,7 @@ def open_base(
         base: directory or hub id, as in :func:`load_base`.
         dtype: dtype, as in :func:`load_base`.
         head: classification head, as in :func:`load_base`.
+        backend: backend, as in :func:`load_base`.
         **hub_options: options for hub ids, as in :func:`load_base`.
 
     Returns:
@@ -181,6 +221,15 @@ def open_base(
         FormatError: :func:`load_base` would refuse the model, for other reasons than the values of its weights.
     """
     directory = resolve(base, files=("config.json",), **hub_options)
+    if _runs_by_torchax(directory, backend):
+        foreign, family, config, model = declare_torch(directory, dtype, head, weights=False)
+        shapes = torch_shapes(foreign, model)
+        torch_names = {leaf.path: (leaf.name, leaf.transposed) for leaf in foreign.leaves}
+        unread_leaves = {
+            path: UnreadLeaf(leaf.shape, leaf.dtype, partial(_stored, directory, *torch_names[path]))
+            for path, leaf in shapes.items()
+        }
+        return BaseModel(foreign, unflatten(unread_leaves), BaseOrigin(str(base), directory, family, config, head))
     module, origin = _declare(base, directory, dtype, True, head)
     is_local = Path(base).expanduser().is_dir()
 
@@ -199,6 +248,12 @@ def open_base(
         for path, (shape, sources) in wanted.items()
     }
     return BaseModel(module, unflatten(unread), origin)
+
+
+def _stored(directory: Path, name: str, transposed: bool) -> NDArray[Any]:
+    """Read one tensor of a model that runs by torchax."""
+    value = open_tensors(directory)[name].read()
+    return value.T if transposed else value
 
 
 def blank_head(base: str | Path, **hub_options: Any) -> Head:
@@ -275,6 +330,10 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
         FileExistsError: the directory holds files that this function does not write.
     """
     origin: BaseOrigin = model.origin
+    if isinstance(origin.family, TorchFamily):
+        raise FormatError(
+            f"{origin.name_or_path}: a base that runs by torchax is not written; it is unchanged: copy its directory."
+        )
     with replacing(directory, owned=_OWNED) as folder:
         config = read_json(origin.directory / "config.json")
         config.pop("torch_dtype", None)
@@ -324,6 +383,8 @@ def head_tensors(model: BaseModel) -> dict[str, NDArray[Any]]:
     origin: BaseOrigin = model.origin
     if origin.head is None:
         return {}
+    if isinstance(origin.family, TorchFamily):
+        return head_tensors_of(cast(Any, model.module), model.params, origin.head)
     tensors = _tensors(model)
     found: dict[str, NDArray[Any]] = {}
     for name, brought in origin.head.tensors.items():

@@ -123,7 +123,12 @@ class ForeignModule:
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
     @property
-    def config(self) -> _Width:
+    def whole_logits(self) -> bool:
+        """Whether logits can only be had by running the model as a whole: True, its head is unknown."""
+        return True
+
+    @property
+    def config(self) -> Any:
         """Config with the width of the hidden states."""
         return _Width(self.hidden_size)
 

@@ -53,11 +53,12 @@ from xlora_jax.generation.state import (
     append_token,
     choose_token,
     chunk_size,
+    keeps_cache,
     new_tokens,
     select_rows,
     update,
 )
-from xlora_jax.generation.steps import MODES, Base, Frozen, Mode, Plain, StaleGates
+from xlora_jax.generation.steps import MODES, Base, Frozen, Mode, Plain, Recompute, StaleGates
 from xlora_jax.models import Place
 from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
 
@@ -169,9 +170,12 @@ def decode(
     """
     first = np.array(state.length)
     most = np.array(state.limit)
-    switch = xlora.module.config.rope_switches_at
     if stop_at is not None:
         steps = min(steps or _STEPS, _STEPS)
+    if not keeps_cache(xlora):
+        yield from _recomputed(xlora, settings, params, state, steps, stop_at)
+        return
+    switch = xlora.module.config.rope_switches_at
     state = _stopped(_prefill_all(xlora, settings, params, state), first, stop_at)
     yield state
 
@@ -215,6 +219,22 @@ def decode(
             state = update(state, pending=jnp.zeros_like(state.pending))
         state = run(state, mode, stop, limit)
         yield state
+
+
+def _recomputed(
+    xlora: XLora, settings: Settings, params: Params, state: State, steps: int | None, stop_at: StopAt | None
+) -> Iterator[State]:
+    """Run a state of a model without a cache; as :func:`decode`."""
+    first, most = np.array(state.length), np.array(state.limit)
+    limit = 1
+    while not np.array(state.done).all():
+        stop = jnp.asarray(most, jnp.int32)
+        state = advance(xlora, settings, Recompute(), params, state, stop, jnp.int32(limit))
+        if limit == 1:  # the first token is the prompt's, as with a cache
+            state = update(state, reads=jnp.zeros_like(state.reads))
+        state = _stopped(state, first, stop_at)
+        yield state
+        limit = min(steps or UNBOUNDED, UNBOUNDED)
 
 
 def _bytes_of(params: Params) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -23,12 +24,12 @@ from xlora_jax.generation.state import (
     Settings,
     State,
     StopAt,
+    keeps_cache,
     new_tokens,
     row_bytes,
     start,
 )
 from xlora_jax.memory import check_fits, in_gib
-from xlora_jax.models import Decoder
 from xlora_jax.passes import Params, XLora
 from xlora_jax.token_ids import check_token_ids, warn_beyond_context
 
@@ -299,18 +300,15 @@ class _Run:
         lengths = (mask != 0).sum(axis=1).astype(np.int32)
         if not lengths.all():
             raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens: its attention_mask is all zero")
-        if not isinstance(xlora.module, Decoder):
-            raise NotImplementedError(
-                f"generate: expected a causal language model of xlora_jax.models (Decoder), got "
-                f"{type(xlora.module).__name__}, which keeps no cache"
-            )
-        most = xlora.module.config.max_positions
+        if not keeps_cache(xlora):
+            _check_recomputation(xlora, config)
+        most = getattr(xlora.module.config, "max_positions", None)
         if most is not None and lengths.max() + config.max_new_tokens > most:
             raise ValueError(
                 f"this model has {most} positions, got a prompt of {lengths.max()} tokens and max_new_tokens "
                 f"{config.max_new_tokens}: shorten one of them"
             )
-        context = xlora.module.config.context_length
+        context = getattr(xlora.module.config, "context_length", None)
         settings = config.settings(record=record and experts)
         longest = int(lengths.max())
         rows = len(ids) * config.num_return_sequences
@@ -370,6 +368,25 @@ class _Run:
             cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
             cache_bytes_per_token=sum(cache.bytes_per_token for cache in caches),
         )
+
+
+def _check_recomputation(xlora: XLora, config: GenerationConfig) -> None:
+    """Refuse a model that can't generate without a cache, and say what it costs for one that can."""
+    module = xlora.module
+    name = type(getattr(module, "module", module)).__name__
+    if getattr(module.config, "head", None) != "lm" or getattr(module.config, "two_sequences", False):
+        raise NotImplementedError(
+            f"generate: expected a causal language model, got {name}, which has an encoder, another head, or a head "
+            f"that is unknown here"
+        )
+    if config.frozen_after is not None or isinstance(config.draft, str):
+        raise ValueError(f"frozen_after and draft need a cache, which {name} does not keep here; leave them out")
+    warnings.warn(
+        f"{name} keeps no cache here: every token runs both passes over the whole text, so a text of T tokens costs "
+        f"T times as many as with a cache.",
+        UserWarning,
+        stacklevel=6,
+    )
 
 
 def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> jax.Array | None:

@@ -19,7 +19,7 @@ from flax import struct
 
 from xlora_jax.generation.drafting import GUESSES
 from xlora_jax.generation.sampling import Sampler
-from xlora_jax.models import KVCache, Place
+from xlora_jax.models import Decoder, KVCache, Place
 from xlora_jax.passes import XLora
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "bucket",
     "choose_token",
     "chunk_size",
+    "keeps_cache",
     "last_token",
     "new_tokens",
     "record_scalings",
@@ -86,7 +87,7 @@ class State:
             ``length - 1`` if a draft is pending. None for a base model alone.
         recorded: ``[B, S, L or 1, N]``, scalings by position, zero for positions without; None if not recorded.
         scaling: cache of the scaling pass; None for a base model alone.
-        real: cache of the real pass, or of the base model alone.
+        real: cache of the real pass, or of the base model alone; None for a model that keeps no cache.
         rng: PRNG key of the draws.
         reads: int32 ``[B]``, number of reads of the weights before the row ended.
         checked: int32 ``[B]``, number of checked drafts of :class:`StaleGates`.
@@ -102,7 +103,7 @@ class State:
     scalings: jax.Array | None
     recorded: jax.Array | None
     scaling: KVCache | None
-    real: KVCache
+    real: KVCache | None
     rng: jax.Array
     reads: jax.Array
     checked: jax.Array
@@ -136,7 +137,8 @@ def start(
     capacity, margin = _slots(xlora, longest, max_new_tokens, settings, experts)
     tokens = np.zeros((batch, capacity), np.int32)
     tokens[:, :longest] = prompts[:, :longest]
-    caches = [xlora.module.empty_cache(batch, capacity, settings.cache_dtype, margin) for _ in range(1 + experts)]
+    count = (1 + experts) if keeps_cache(xlora) else 0
+    caches = [xlora.module.empty_cache(batch, capacity, settings.cache_dtype, margin) for _ in range(count)]
     scalings = recorded = None
     if experts:
         shape = (len(xlora.layers) if xlora.config.layerwise_scalings else 1, xlora.num_experts)
@@ -150,8 +152,8 @@ def start(
         pending=jnp.zeros(batch, bool),
         scalings=scalings,
         recorded=recorded,
-        scaling=caches[1] if experts else None,
-        real=caches[0],
+        scaling=caches[1] if count > 1 else None,
+        real=caches[0] if count else None,
         rng=rng,
         reads=jnp.zeros(batch, jnp.int32),
         checked=jnp.zeros(batch, jnp.int32),
@@ -160,10 +162,17 @@ def start(
     )
 
 
+def keeps_cache(xlora: XLora) -> bool:
+    """Return whether the base model has a cache; any other runs the whole text for every token."""
+    return isinstance(xlora.module, Decoder)
+
+
 def _slots(
     xlora: XLora, longest: int, max_new_tokens: int, settings: Settings, experts: bool
 ) -> tuple[int, int | None]:
     """Slots of a row, and those that a ring has beside its window; None for no rings."""
+    if not keeps_cache(xlora):
+        return bucket(longest + max_new_tokens), None
     chunk = chunk_size(xlora, longest, settings)
     # Slots behind the longest row, for drafts; and whole chunks of the prompt.
     ahead = GUESSES if experts and settings.draft else 0
@@ -178,7 +187,9 @@ def row_bytes(xlora: XLora, longest: int, max_new_tokens: int, settings: Setting
 
     # JAX has no shapes beyond 64 bits: of a cache that large, a part tells the size.
     part = min(capacity, 2**31)
-    cache = _cache_bytes(cast(Hashable, xlora.module), part, settings.cache_dtype, margin) * capacity // part
+    cache = 0
+    if keeps_cache(xlora):
+        cache = _cache_bytes(cast(Hashable, xlora.module), part, settings.cache_dtype, margin) * capacity // part
     size = 4 * capacity + cache * (1 + experts)
     if experts and settings.record:
         layers = len(xlora.layers) if xlora.config.layerwise_scalings else 1

@@ -1,4 +1,4 @@
-"""Ways to make one decoding step: base alone, plain, frozen gates, stale gates, lookup.
+"""Ways to make one decoding step: base alone, plain, frozen gates, stale gates, lookup, recomputation.
 
 :mod:`xlora_jax.generation.decoding` explains their costs.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ from xlora_jax.generation.state import (
 )
 from xlora_jax.layers import mixing
 from xlora_jax.models import PairedCache, Place
-from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
+from xlora_jax.passes import Params, XLora, base_forward, classify, forward, real_pass, scaling_pass, unembed
 
-__all__ = ["MODES", "Base", "Frozen", "Lookup", "Mode", "Plain", "StaleGates"]
+__all__ = ["MODES", "Base", "Frozen", "Lookup", "Mode", "Plain", "Recompute", "StaleGates"]
 
 
 class Mode(Protocol):
@@ -70,6 +70,34 @@ class Plain:
             reads=state.reads + 2 * active,
         )
         return append_token(settings, state, choose_token(settings, state, logits, state.length), active)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Both passes over the whole text for every token, for a model that keeps no cache."""
+
+    def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
+        """See :class:`Mode`."""
+        rows, last = jnp.arange(len(state.tokens)), state.length - 1
+        there = jnp.arange(state.tokens.shape[1]) < state.length[:, None]
+        inputs: dict[str, Any] = {"input_ids": state.tokens, "attention_mask": there.astype(jnp.int32)}
+        if state.scalings is None:
+            logits = base_forward(xlora, params, **inputs).logits
+            state = update(state, reads=state.reads + active)
+        else:
+            out = forward(xlora, params, **inputs)
+            logits, scalings = out.logits, out.scalings
+            assert scalings is not None
+            scalings = scalings[:, :, : state.scalings.shape[1]]
+            state = update(
+                state,
+                scalings=select_rows(active, scalings[rows, last], state.scalings),
+                recorded=None if state.recorded is None else jnp.where(there[:, :, None, None], scalings, 0),
+                reads=state.reads + 2 * active,
+            )
+        assert logits is not None
+        token = choose_token(settings, state, logits[rows, last], state.length)
+        return append_token(settings, state, token, active)
 
 
 @dataclass(frozen=True)
@@ -140,6 +168,7 @@ class StaleGates:
         """
         assert state.scalings is not None
         assert state.scaling is not None
+        assert state.real is not None
         batch = len(state.tokens)
         two = jnp.stack([position - 1, position], axis=1)
         tokens = jnp.take_along_axis(state.tokens, two, axis=1)

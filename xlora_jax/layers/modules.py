@@ -121,6 +121,9 @@ def _flat_gates(gates: jax.Array, shape: tuple[int, ...], module: nn.Module) -> 
     batch, *positions = shape
     if gates.shape[:-1] == shape:
         return gates
+    if not positions and gates.shape[0] * gates.shape[1] == batch:
+        # Some models flatten examples and tokens to one axis.
+        return gates.reshape(batch, gates.shape[-1])
     count = math.prod(positions)
     ones = [1] * len(positions)
     if gates.ndim == 3 and gates.shape[0] in (1, batch):

@@ -30,7 +30,8 @@ class BaseModule(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model on inputs by name, ``with_logits`` and ``rngs``; return a ``DecoderOutput``.
 
-        With ``method="unembed"``, return the logits for the hidden states that follow ``variables``.
+        With ``method="unembed"``, return the logits for the hidden states that follow ``variables``. A module that
+        can't has an attribute ``whole_logits`` that is True.
         """
 
     def empty_cache(self, batch: int, capacity: int, *args: Any, **kwargs: Any) -> Any:

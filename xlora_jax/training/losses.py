@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-__all__ = ["IGNORED_LABEL", "HeadFunction", "causal_lm_loss", "chunked_cross_entropy", "next_token_targets"]
+__all__ = [
+    "IGNORED_LABEL",
+    "HeadFunction",
+    "causal_lm_loss",
+    "chunked_cross_entropy",
+    "next_token_targets",
+    "summed_cross_entropy",
+]
 
 IGNORED_LABEL = -100
 
@@ -42,7 +49,7 @@ def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         float32 scalar; 0 if every label is ignored.
     """
     targets = next_token_targets(labels)
-    return _summed_loss(logits, targets) / jnp.maximum((targets != IGNORED_LABEL).sum(), 1)
+    return summed_cross_entropy(logits, targets) / jnp.maximum((targets != IGNORED_LABEL).sum(), 1)
 
 
 def chunked_cross_entropy(
@@ -78,7 +85,8 @@ def chunked_cross_entropy(
     return total
 
 
-def _summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def summed_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the summed cross-entropy of logits ``[B, T, V]`` for targets ``[B, T]``, already shifted; in float32."""
     counted = targets != IGNORED_LABEL
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(counted, targets, 0))
     return jnp.where(counted, losses, 0).sum()
@@ -113,7 +121,7 @@ def _chunked(
 
     def body(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
         h, s, t = part
-        return total + _summed_loss(head(learned, frozen, h, s), t), None
+        return total + summed_cross_entropy(head(learned, frozen, h, s), t), None
 
     start: jax.Array = jnp.float32(0)
     return lax.scan(body, start, _parts(hidden, scalings, targets, chunk))[0]
@@ -141,7 +149,7 @@ def _chunked_forward(
         h, s, t = part
 
         def loss(learned: Any, h: jax.Array, s: jax.Array | None) -> jax.Array:
-            return _summed_loss(head(learned, frozen, h, s), t)
+            return summed_cross_entropy(head(learned, frozen, h, s), t)
 
         value, (d_more, d_h, d_s) = jax.value_and_grad(loss, argnums=(0, 1, 2))(learned, h, s)
         return (total + value, jax.tree.map(jnp.add, d_learned, d_more)), (d_h, d_s)

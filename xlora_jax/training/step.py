@@ -24,7 +24,13 @@ from xlora_jax.layers import mixing
 from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, unembed
 from xlora_jax.sharding import keep_batch_split
 from xlora_jax.token_ids import check_token_ids
-from xlora_jax.training.losses import IGNORED_LABEL, causal_lm_loss, chunked_cross_entropy, next_token_targets
+from xlora_jax.training.losses import (
+    IGNORED_LABEL,
+    causal_lm_loss,
+    chunked_cross_entropy,
+    next_token_targets,
+    summed_cross_entropy,
+)
 from xlora_jax.training.regularizers import Regularizers
 from xlora_jax.trees import Path, flatten, unflatten
 
@@ -187,14 +193,20 @@ def batch_loss(
     else:
         scalings = classify(xlora, params, hidden, rngs=dropout)
 
-    out = real_pass(xlora, params, scalings, rngs=lora_rngs[1], with_logits=False, **inputs)
+    whole = getattr(xlora.module, "whole_logits", False)
+    out = real_pass(xlora, params, scalings, rngs=lora_rngs[1], with_logits=whole, **inputs)
     targets = next_token_targets(batch["labels"], batch.get("segment_ids"))
-    head_scalings = scalings if "lm_head" in params["experts"] else None
+    if whole:
+        assert out.logits is not None
+        return summed_cross_entropy(out.logits, targets), extra, scalings
+    head_path = getattr(xlora.module, "head_path", ("lm_head",))
+    of_head = {path: leaf for path, leaf in flatten(params["experts"]).items() if path[:-1] == head_path}
+    head_scalings = scalings if of_head else None
 
     def head(learned: Any, rest: Any, hidden: jax.Array, scalings: jax.Array | None) -> jax.Array:
         return unembed(xlora, merge_params(learned, rest), hidden, scalings)
 
-    learned = {path: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("experts", "lm_head")}
+    learned = {path: leaf for path, leaf in flatten(trainable).items() if path[:-1] == ("experts", *head_path)}
     total = chunked_cross_entropy(
         head, unflatten(learned), frozen, out.hidden_states, head_scalings, targets, loss_chunk
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from interop.hf.families import encoders, gpt, llama, multimodal
@@ -29,7 +30,7 @@ from xlora_jax.models import (
     VisionTransformer,
 )
 
-__all__ = ["FAMILIES", "classifying", "decoder_config", "family_of"]
+__all__ = ["FAMILIES", "classifying", "decoder_config", "family_of", "torchax_hint"]
 
 
 def decoder_config(family: Family, config: Mapping[str, Any], where: str) -> tuple[DecoderConfig, list[str]]:
@@ -122,10 +123,21 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def torchax_hint() -> str:
+    """Return the part of an error message that says how to run a model that is not ported."""
+    if find_spec("torchax") is not None and find_spec("torch") is not None:
+        return ""
+    return (
+        " Models of other types run as PyTorch code through torchax: pip install 'xlora-jax[torchax]', with a build of "
+        "torch for the CPU."
+    )
+
+
 def family_of(model_type: object, where: str) -> Family:
     """Return the family of a ``model_type``, or raise a FormatError that lists the known ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise FormatError(
-            f"{where}: field 'model_type': expected one of {', '.join(FAMILIES)}, got {brief(model_type)}"
+            f"{where}: field 'model_type': expected one of {', '.join(FAMILIES)}, got {brief(model_type)}."
+            f"{torchax_hint()}"
         )
     return FAMILIES[model_type]

@@ -15,7 +15,7 @@ import jax
 from interop.hf.families.fields import Fields
 from xlora_jax.layers.adapted import ABSENT, AdaptedLayers, Slot
 from xlora_jax.models import Decoder, DecoderConfig, Transformer
-from xlora_jax.trees import flatten
+from xlora_jax.trees import Path, flatten
 
 __all__ = [
     "ADAPTABLE",
@@ -193,6 +193,29 @@ class Family:
         if self.starts:
             return self.starts[0][1]
         return self.before[0].hf.split(".")[0] + "."
+
+    def kernel_shapes(self, module: Transformer) -> dict[Path, tuple[int, ...]]:
+        """Return the kernel shape of every layer that can be adapted, by path; for an embedding ``[V, D]``."""
+        params = flatten(abstract_params(module))
+        leaves = {path[:-1]: leaf.shape for path, leaf in params.items() if path[-1] in ("kernel", "embedding")}
+        # A tied head has no kernel of its own.
+        config = module.config
+        leaves.setdefault(("lm_head",), (config.embed_size or config.hidden_size, config.vocab_size))
+        return {
+            placed.path: leaves[placed.path][len(placed.member) :]
+            for placed in self.modules(module)
+            if placed.kind in ADAPTABLE
+        }
+
+    @property
+    def table(self) -> Path:
+        """Path of the table whose values a tied head shares."""
+        return ("embed_tokens", "embedding")
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Reasons why experts can't adapt certain layers, by name of the layer; none here."""
+        return {}
 
     def is_head(self, tensor: str) -> bool:
         """Return whether a tensor, named as in files, belongs to an output head of any task."""
