@@ -9,6 +9,7 @@ from interop.hf.auto import load_tokenizer
 from interop.hf.base import load_base, save_base
 from interop.hf.generation_config import load_generation_config
 from interop.hf.tokenizer import codec_of, load_codec
+from interop.merging import as_model, merge_experts
 from interop.model import load_xlora, save_xlora
 from interop.peft.adapter import LoraAdapter, LoraLayer, load_lora, save_lora
 from interop.storage.errors import FormatError
@@ -17,6 +18,7 @@ __all__ = [
     "FormatError",
     "LoraAdapter",
     "LoraLayer",
+    "as_model",
     "classifier_from_torch",
     "classifier_to_torch",
     "codec_of",
@@ -26,6 +28,7 @@ __all__ = [
     "load_lora",
     "load_tokenizer",
     "load_xlora",
+    "merge_experts",
     "repoint",
     "save_base",
     "save_lora",

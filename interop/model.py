@@ -29,7 +29,7 @@ from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.memory import check_fits
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
+__all__ = ["TASK_TYPES", "XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         adapters=unstack_experts(model.params["experts"], model.layers, origin.adapters),
         base_model=origin.base.name_or_path,
         layer_names=model.layer_names,
-        extras={"task_type": _TASK_TYPES[model.module.config.head], **origin.extras},
+        extras={"task_type": TASK_TYPES[model.module.config.head], **origin.extras},
         head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
         num_labels=model.module.config.num_labels,
     )
@@ -254,7 +254,7 @@ def _brought_head(trained: XLoraCheckpoint | None, adapters: Sequence[LoraAdapte
 
 
 # PEFT's task type for each kind of head; it has none for image classification.
-_TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS", "first": None}
+TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS", "first": None}
 
 
 def experts_of(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None = None) -> Mapping[str, str | Path]:
