@@ -24,8 +24,8 @@ Adapters = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
 
-def named_paths(entries: Sequence[str] | None, option: str) -> dict[str, str]:
-    """Return a mapping of names to paths from NAME=PATH entries, in their order.
+def named_paths(entries: Sequence[str] | None, option: str, value: str = "PATH") -> dict[str, str]:
+    """Return a mapping of names to paths, or to other values, from NAME=PATH entries, in their order.
 
     Raises:
         ValueError: an entry has another form, or a name is given twice.
@@ -34,7 +34,7 @@ def named_paths(entries: Sequence[str] | None, option: str) -> dict[str, str]:
     for entry in entries or ():
         name, equals, path = entry.partition("=")
         if not (name and equals and path):
-            raise ValueError(f"{option}: expected NAME=PATH, got {entry!r}")
+            raise ValueError(f"{option}: expected NAME={value}, got {entry!r}")
         if name in paths:
             raise ValueError(f"{option}: the name {name!r} is given twice")
         paths[name] = path

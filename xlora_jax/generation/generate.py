@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlora_jax.generation.decoding import decode
+from xlora_jax.generation.given import Given
 from xlora_jax.generation.sampling import LogitsProcessor, Sampler
 from xlora_jax.generation.state import (
     UNBOUNDED,
@@ -24,6 +26,7 @@ from xlora_jax.generation.state import (
     State,
     StopAt,
     new_tokens,
+    passes,
     row_bytes,
     start,
 )
@@ -185,6 +188,7 @@ def generate(
     *,
     experts: bool = True,
     record: bool = False,
+    given: Given | None = None,
 ) -> Generated:
     """Generate from a batch of prompts.
 
@@ -196,11 +200,12 @@ def generate(
         config: generation settings.
         experts: whether to run the experts; False runs the base model alone.
         record: whether to return the scalings too.
+        given: scalings of rows that do not use the classifier's.
 
     Raises:
         ValueError: shapes do not fit, a prompt has no tokens, or a setting is invalid.
     """
-    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, record=record)
+    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, record=record, given=given)
     *_, state = run.states(None)
     width = run.input_ids.shape[1]
     tokens = np.full((len(run.input_ids), width + config.max_new_tokens), config.pad, np.int32)
@@ -220,6 +225,7 @@ def stream(
     *,
     experts: bool = True,
     steps: int = 4,
+    given: Given | None = None,
 ) -> Generator[list[Ints], None, GenerationStats]:
     """Generate piece by piece. The tokens are those of :func:`generate`.
 
@@ -231,6 +237,7 @@ def stream(
         config: generation settings.
         experts: whether to run the experts; False runs the base model alone.
         steps: number of decoding steps between two pieces.
+        given: scalings of rows that do not use the classifier's.
 
     Yields:
         One int32 array per row: its new tokens since the last piece. Rows advance at different speeds.
@@ -238,16 +245,16 @@ def stream(
     Returns:
         Cost of the generation, as the value of ``yield from``.
     """
-    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts)
-    given = np.zeros_like(run.lengths)
+    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, given=given)
+    sent = np.zeros_like(run.lengths)
     state = None
     for state in run.states(steps):
         new = new_tokens(state, run.lengths)
-        piece = [tokens[count:] for tokens, count in zip(new, given, strict=True)]
+        piece = [tokens[count:] for tokens, count in zip(new, sent, strict=True)]
         if any(map(len, piece)):
             yield piece
         # A stop can remove tokens that were yielded before; they are not yielded again.
-        given = np.maximum(given, [len(tokens) for tokens in new])
+        sent = np.maximum(sent, [len(tokens) for tokens in new])
     assert state is not None
     return run.stats(state)
 
@@ -270,6 +277,7 @@ class _Run:
     input_ids: Ints
     attention_mask: Ints
     lengths: Ints
+    given: Given | None
     started: float = 0.0
     prefilled: float = 0.0
 
@@ -284,6 +292,7 @@ class _Run:
         *,
         experts: bool,
         record: bool = False,
+        given: Given | None = None,
     ) -> _Run:
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
@@ -312,9 +321,11 @@ class _Run:
             )
         context = xlora.module.config.context_length
         settings = config.settings(record=record and experts)
+        if passes(experts, given) == 1:
+            settings = dataclasses.replace(settings, draft=False)
         longest = int(lengths.max())
         rows = len(ids) * config.num_return_sequences
-        size = row_bytes(xlora, longest, config.max_new_tokens, settings, experts) * rows
+        size = row_bytes(xlora, longest, config.max_new_tokens, settings, experts, given) * rows
         if context is not None and config.max_new_tokens > context and not config.beyond_context:
             raise ValueError(
                 f"max_new_tokens: expected at most {context}, the positions that the model was made for, got "
@@ -333,7 +344,8 @@ class _Run:
             )
         warn_beyond_context(int(lengths.max()), context, stacklevel=5)
         ids, mask, lengths = (np.repeat(array, config.num_return_sequences, axis=0) for array in (ids, mask, lengths))
-        return cls(xlora, params, config, settings, experts, ids.astype(np.int32), mask, lengths)
+        given = None if given is None else given.repeat(config.num_return_sequences)
+        return cls(xlora, params, config, settings, experts, ids.astype(np.int32), mask, lengths, given)
 
     def states(self, steps: int | None) -> Iterator[State]:
         self.started = time.perf_counter()
@@ -347,6 +359,7 @@ class _Run:
             settings=self.settings,
             rng=jax.random.key(self.config.seed),
             experts=self.experts,
+            given=self.given,
         )
         stop_at = self.config.stop_at
         for after in decode(self.model, self.settings, self.params, state, steps=steps, stop_at=stop_at):

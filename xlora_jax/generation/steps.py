@@ -1,4 +1,4 @@
-"""Ways to make one decoding step: base alone, plain, frozen gates, stale gates, lookup.
+"""Ways to make one decoding step: base alone, plain, constant gates, stale gates, lookup.
 
 :mod:`xlora_jax.generation.decoding` explains their costs.
 """
@@ -18,6 +18,7 @@ from xlora_jax.generation.state import (
     append_token,
     choose_token,
     last_token,
+    own_scalings,
     record_scalings,
     select_rows,
     update,
@@ -58,7 +59,7 @@ class Plain:
         """See :class:`Mode`."""
         token, place = last_token(state)
         hidden, scaling = scaling_pass(xlora, params, input_ids=token, cache=state.scaling, place=place)
-        scalings = classify(xlora, params, hidden)
+        scalings = own_scalings(state, classify(xlora, params, hidden))
         out = real_pass(xlora, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
         logits = unembed(xlora, params, out.hidden_states, scalings)[:, 0]
         state = update(
@@ -74,7 +75,11 @@ class Plain:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The real pass alone, with the gates of the last token before freezing. Approximate."""
+    """The real pass alone, with the scalings of the state.
+
+    Exact for rows with scalings of their own. For other rows, approximate: their scalings are those of the last token
+    before freezing.
+    """
 
     def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
@@ -154,7 +159,7 @@ class StaleGates:
             place=Place(*(jnp.concatenate([column, column]) for column in (two[:, 0], two[:, 1]))),
             with_logits=False,
         )
-        fresh = classify(xlora, params, out.hidden_states[:batch, 1:])[:, 0]
+        fresh = own_scalings(state, classify(xlora, params, out.hidden_states[:batch, 1:]))[:, 0]
         logits = unembed(xlora, params, out.hidden_states[batch:], known)
         return logits, fresh, cast(PairedCache, out.cache)
 
@@ -174,7 +179,7 @@ class Lookup:
         # Guesses beyond a row's limit count as padding, because the model may not have their positions.
         place = Place(position, jnp.clip(state.limit - 2, position, position + GUESSES))
         hidden, scaling = scaling_pass(xlora, params, input_ids=tokens, cache=state.scaling, place=place)
-        scalings = classify(xlora, params, hidden)
+        scalings = own_scalings(state, classify(xlora, params, hidden))
         out = real_pass(xlora, params, scalings, input_ids=tokens, cache=state.real, place=place, with_logits=False)
         logits = unembed(xlora, params, out.hidden_states, scalings)
         state = update(state, scaling=scaling, real=out.cache, reads=state.reads + 2 * active)
