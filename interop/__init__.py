@@ -5,6 +5,7 @@ torch is optional: only `.bin` pickles and live `torch.nn.Module` objects need i
 
 from interop.checkpoint.classifier import classifier_from_torch, classifier_to_torch
 from interop.checkpoint.places import repoint
+from interop.editing import add_expert, remove_expert
 from interop.hf.auto import load_tokenizer
 from interop.hf.base import load_base, save_base
 from interop.hf.generation_config import load_generation_config
@@ -18,6 +19,7 @@ __all__ = [
     "FormatError",
     "LoraAdapter",
     "LoraLayer",
+    "add_expert",
     "as_model",
     "classifier_from_torch",
     "classifier_to_torch",
@@ -29,6 +31,7 @@ __all__ = [
     "load_tokenizer",
     "load_xlora",
     "merge_experts",
+    "remove_expert",
     "repoint",
     "save_base",
     "save_lora",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,16 @@ from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.memory import check_fits
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["TASK_TYPES", "XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
+__all__ = [
+    "TASK_TYPES",
+    "XLoraOrigin",
+    "check_save",
+    "experts_of",
+    "load_xlora",
+    "open_xlora",
+    "save_xlora",
+    "stored_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,14 @@ def open_xlora(
         head=None,
         place=leave_in_memory,
     )
+
+
+def stored_dtype(checkpoint: str | Path) -> np.dtype[Any]:
+    """Return the dtype of a checkpoint's classifier for :func:`open_xlora`, float32 in place of float64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading repeats these warnings
+        stored = read_xlora(resolve(checkpoint)).classifier[0][0].dtype
+    return stored if stored.itemsize < 8 else np.dtype(np.float32)
 
 
 def _put_together(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from xlora_jax.cli import export, generate, inspect, merge, report, train
+from xlora_jax.cli import experts, export, generate, inspect, merge, report, train
 from xlora_jax.cli.errors import EXIT_CODES, in_one_line
 from xlora_jax.cli.terminal import show_warnings
 
@@ -28,6 +28,13 @@ for _name, _module in (
     ("report", report),
 ):
     app.command(_name)(in_one_line(_name)(_module.command))
+
+_experts = typer.Typer(
+    help="Add an expert to a trained X-LoRA, or remove one, without training again.", no_args_is_help=True
+)
+app.add_typer(_experts, name="experts")
+for _name, _function in (("add", experts.add), ("remove", experts.remove)):
+    _experts.command(_name)(in_one_line(f"experts {_name}")(_function))
 
 
 def main() -> None:
