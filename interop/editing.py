@@ -58,6 +58,7 @@ def add_expert(
         ValueError: the name is in use, or the prior is out of range.
         FormatError: the adapter can't be used, or has a classification head other than the model's.
     """
+    _check_router(model)
     if name in model.expert_names:
         raise ValueError(
             f"name: the model has an expert {name!r} already; its experts: {', '.join(model.expert_names)}"
@@ -112,6 +113,7 @@ def remove_expert(model: XLoraModel, name: str) -> XLoraModel:
     Raises:
         ValueError: there is no such expert, or no other.
     """
+    _check_router(model)
     if name not in model.expert_names:
         raise ValueError(f"name: no expert {name!r}; the experts are {', '.join(model.expert_names)}")
     if len(model.expert_names) == 1:
@@ -132,6 +134,11 @@ def remove_expert(model: XLoraModel, name: str) -> XLoraModel:
 def _current(model: XLoraModel) -> list[LoraAdapter]:
     """Return the adapters with the model's arrays, which may be trained."""
     return unstack_experts(model.params["experts"], model.layers, model.origin.adapters)
+
+
+def _check_router(model: XLoraModel) -> None:
+    if model.router != "classifier":
+        raise ValueError(f"the router {model.router!r} has no classifier to edit: load the model with other adapters")
 
 
 def _check_head(added: LoraAdapter, model: XLoraModel) -> None:

@@ -69,6 +69,7 @@ def load_xlora(
     head: str | None = None,
     scan_layers: bool = True,
     place: Placer | None = None,
+    router: str = "classifier",
     **hub_options: Any,
 ) -> XLoraModel:
     """Load an X-LoRA model: a base model, its experts, and a classifier, new or trained.
@@ -89,6 +90,9 @@ def load_xlora(
             else the base's own.
         scan_layers: see :func:`interop.load_base`.
         place: see :func:`interop.load_base`; it is called for the arrays of experts and classifier too.
+        router: ``classifier``, or ``arrow``: each layer computes its gates from its own input and the experts'
+            directions, and there is nothing to train. Of ``config``, ``top_k_lora``, ``softmax_temperature`` and
+            ``global_scaling_weight`` apply.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
 
     Returns:
@@ -113,6 +117,10 @@ def load_xlora(
 
     if checkpoint is not None and config is not None:
         raise ValueError("give either checkpoint (which has its config) or config (for a new classifier), not both")
+    if router not in ("classifier", "arrow"):
+        raise ValueError(f"router: expected 'classifier' or 'arrow', got {router!r}")
+    if router == "arrow" and checkpoint is not None:
+        raise ValueError("give either checkpoint (a trained classifier) or router='arrow' (none), not both")
     trained = None if checkpoint is None else read_xlora(resolve(checkpoint, **hub_options))
     return _put_together(
         get_base,
@@ -123,6 +131,7 @@ def load_xlora(
         seed=seed,
         head=head,
         place=place or put_on_default_device,
+        router=router,
         **hub_options,
     )
 
@@ -178,6 +187,7 @@ def _put_together(
     seed: int,
     head: str | None,
     place: Placer,
+    router: str = "classifier",
     **hub_options: Any,
 ) -> XLoraModel:
     """Make a model from a base with the chosen head, from experts, and from a classifier, new or trained."""
@@ -193,10 +203,12 @@ def _put_together(
     config = _fitted(config, adapters, base_model)
 
     loaded = fit_adapters(experts_read, base_model)
-    experts, layers = stack_experts(loaded, base_model, expert_dtype, place)
+    experts, layers = stack_experts(loaded, base_model, expert_dtype, place, directions=router == "arrow")
     origin = XLoraOrigin(base_model.origin, loaded, {} if trained is None else trained.extras)
     params = {"base": base_model.params, "experts": experts, "classifier": {}}
-    model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin)
+    model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin, router)
+    if router == "arrow":
+        return model
     classifier = (
         _new_classifier(model, seed)
         if trained is None
@@ -217,6 +229,11 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
     Raises:
         FormatError: the layout can't express this model; the message gives the reason.
     """
+    if model.router != "classifier":
+        raise FormatError(
+            f"the router {model.router!r} has no trained weights to save; expected a model with a classifier. Load it "
+            f"again from its adapters with load_xlora(..., router={model.router!r})."
+        )
     origin: XLoraOrigin = model.origin
     classifier = model.params["classifier"]
     write_xlora(

@@ -125,6 +125,7 @@ class XLoraModel:
         expert_names: names of the experts in the order of the classifier's outputs.
         origin: record of the files that base and experts came from, which saving needs; None if they came from no
             files.
+        router: source of the gates, ``classifier`` or ``arrow``; see :class:`~xlora_jax.passes.XLora`.
     """
 
     module: BaseModule
@@ -133,6 +134,7 @@ class XLoraModel:
     layers: AdaptedLayers
     expert_names: tuple[str, ...]
     origin: Any = None
+    router: str = "classifier"
     _enabled: bool = field(default=True, repr=False)
     _logging: bool = field(default=False, repr=False)
     _log: list[jax.Array] = field(default_factory=list, repr=False)
@@ -146,7 +148,7 @@ class XLoraModel:
     @property
     def xlora(self) -> XLora:
         """Static description, the first argument of the pure functions."""
-        return XLora(self.module, self.layers, len(self.expert_names), self.config)
+        return XLora(self.module, self.layers, len(self.expert_names), self.config, router=self.router)
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ from xlora_jax.generation.state import (
 )
 from xlora_jax.generation.steps import MODES, Base, Frozen, Mode, Plain, StaleGates
 from xlora_jax.models import Place
-from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
+from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, single_pass, unembed
 
 __all__ = ["advance", "decode", "prefill"]
 
@@ -91,8 +91,8 @@ def prefill(xlora: XLora, settings: Settings, params: Params, state: State, offs
         return jnp.take_along_axis(x, jnp.clip(last, 0, chunk - 1).reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
     if state.scalings is None:
-        out = base_forward(xlora, params, cache=state.real, with_logits=False, **inputs)
-        logits = unembed(xlora, params, at_last(out.hidden_states))[:, 0]
+        out = single_pass(xlora, params, cache=state.real, with_logits=False, **inputs)
+        logits = unembed(xlora, params, at_last(out.hidden_states), xlora.arrow)[:, 0]
         state = update(state, real=out.cache)
     else:
         scaling = None

@@ -305,6 +305,7 @@ class _Run:
             raise ValueError(
                 f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {list(mask.shape)}"
             )
+        xlora, experts = _routed(xlora, experts, given)
         lengths = (mask != 0).sum(axis=1).astype(np.int32)
         if not lengths.all():
             raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens: its attention_mask is all zero")
@@ -383,6 +384,17 @@ class _Run:
             cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
             cache_bytes_per_token=sum(cache.bytes_per_token for cache in caches),
         )
+
+
+def _routed(xlora: XLora, experts: bool, given: Given | None) -> tuple[XLora, bool]:
+    """Return the model to run, and whether it has scalings. With the router ``arrow`` it has none of its own."""
+    if xlora.arrow is None:
+        return xlora, experts
+    if experts and given is None:
+        return xlora, False
+    if given is not None and not given.rows.all():
+        raise ValueError("scalings: expected some for every row, or none at all: this model's layers gate themselves")
+    return dataclasses.replace(xlora, router="classifier"), experts
 
 
 def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> jax.Array | None:

@@ -25,7 +25,7 @@ from xlora_jax.generation.state import (
 )
 from xlora_jax.layers import mixing
 from xlora_jax.models import PairedCache, Place
-from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
+from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, single_pass, unembed
 
 __all__ = ["MODES", "Base", "Frozen", "Lookup", "Mode", "Plain", "StaleGates"]
 
@@ -40,13 +40,13 @@ class Mode(Protocol):
 
 @dataclass(frozen=True)
 class Base:
-    """The base model alone."""
+    """The only pass of a model without a classifier."""
 
     def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
         token, place = last_token(state)
-        out = base_forward(xlora, params, input_ids=token, cache=state.real, place=place, with_logits=False)
-        logits = unembed(xlora, params, out.hidden_states)[:, 0]
+        out = single_pass(xlora, params, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(xlora, params, out.hidden_states, xlora.arrow)[:, 0]
         state = update(state, real=out.cache, reads=state.reads + active)
         return append_token(settings, state, choose_token(settings, state, logits, state.length), active)
 
