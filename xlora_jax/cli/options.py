@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Adapters", "Base", "Quiet", "json_object", "named_paths", "read_settings_file"]
+__all__ = ["Adapters", "Base", "Quiet", "held_out_paths", "json_object", "named_paths", "read_settings_file"]
 
 Base = Annotated[str, typer.Option("--base", help="HF base model: directory or hub id.")]
 Adapters = Annotated[
@@ -39,6 +39,11 @@ def named_paths(entries: Sequence[str] | None, option: str, value: str = "PATH")
             raise ValueError(f"{option}: the name {name!r} is given twice")
         paths[name] = path
     return paths
+
+
+def held_out_paths(entries: Sequence[str] | None) -> dict[str, str]:
+    """Return held-out data by name; a path without a name is called ``eval``."""
+    return named_paths([entry if "=" in entry else f"eval={entry}" for entry in entries or ()], "--eval")
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:
