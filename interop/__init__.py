@@ -5,10 +5,12 @@ torch is optional: only `.bin` pickles and live `torch.nn.Module` objects need i
 
 from interop.checkpoint.classifier import classifier_from_torch, classifier_to_torch
 from interop.checkpoint.places import repoint
+from interop.editing import add_expert, remove_expert
 from interop.hf.auto import load_tokenizer
 from interop.hf.base import load_base, save_base
 from interop.hf.generation_config import load_generation_config
 from interop.hf.tokenizer import codec_of, load_codec
+from interop.merging import as_model, merge_experts
 from interop.model import load_xlora, save_xlora
 from interop.peft.adapter import LoraAdapter, LoraLayer, load_lora, save_lora
 from interop.storage.errors import FormatError
@@ -17,6 +19,8 @@ __all__ = [
     "FormatError",
     "LoraAdapter",
     "LoraLayer",
+    "add_expert",
+    "as_model",
     "classifier_from_torch",
     "classifier_to_torch",
     "codec_of",
@@ -26,6 +30,8 @@ __all__ = [
     "load_lora",
     "load_tokenizer",
     "load_xlora",
+    "merge_experts",
+    "remove_expert",
     "repoint",
     "save_base",
     "save_lora",

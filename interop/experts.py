@@ -88,7 +88,12 @@ def _check_saved(adapter: LoraAdapter, base: BaseModel) -> None:
 
 
 def stack_experts(
-    adapters: Sequence[LoraAdapter], base: BaseModel, dtype: np.dtype[Any], place: Placer = put_on_default_device
+    adapters: Sequence[LoraAdapter],
+    base: BaseModel,
+    dtype: np.dtype[Any],
+    place: Placer = put_on_default_device,
+    *,
+    directions: bool = False,
 ) -> tuple[dict[str, Any], AdaptedLayers]:
     """Stack adapters into the ``experts`` collection of a base model.
 
@@ -97,13 +102,16 @@ def stack_experts(
         base: base model.
         dtype: dtype of ``lora_a`` and ``lora_b``. The scales in ``columns`` are float32.
         place: function that puts an array on devices; see :func:`interop.load_base`.
+        directions: whether to add the experts' directions, which the router ``arrow`` needs.
 
     Returns:
         The collection, and the adapted layers with PEFT's numbers.
 
     Raises:
-        FormatError: no layer is adapted.
+        FormatError: no layer is adapted, or one that can't have directions.
     """
+    if directions:
+        _check_directions(adapters)
     origin: BaseOrigin = base.origin
     module = cast(Transformer, base.module)
     shapes = origin.family.kernel_shapes(module)
@@ -119,10 +127,22 @@ def stack_experts(
     for slot in layers.slots:
         numbers = (slot.numbers,) if isinstance(slot.numbers, int) else slot.numbers
         members = [[] if number == ABSENT else pieces[layers.names[number]] for number in numbers]
-        for leaf, stacked in stack_pieces(members, shapes[slot.path], len(adapters), dtype).items():
+        for leaf, stacked in stack_pieces(
+            members, shapes[slot.path], len(adapters), dtype, directions=directions
+        ).items():
             path = (*slot.path, leaf)
             flat[path] = place(("experts", *path), stacked[0] if isinstance(slot.numbers, int) else stacked)
     return unflatten(flat), layers
+
+
+def _check_directions(adapters: Sequence[LoraAdapter]) -> None:
+    for adapter in adapters:
+        for name, layer in adapter.layers.items():
+            if layer.kind != "linear":
+                raise FormatError(
+                    f"adapter {adapter.name!r} ({adapter.path}) adapts {name!r}, a module of kind {layer.kind!r}; the "
+                    f"router 'arrow' expects linear modules only, as in PEFT. Use the router 'classifier'."
+                )
 
 
 def unstack_experts(

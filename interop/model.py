@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,16 @@ from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.memory import check_fits
 from xlora_jax.trees import flatten, unflatten
 
-__all__ = ["XLoraOrigin", "check_save", "experts_of", "load_xlora", "open_xlora", "save_xlora"]
+__all__ = [
+    "TASK_TYPES",
+    "XLoraOrigin",
+    "check_save",
+    "experts_of",
+    "load_xlora",
+    "open_xlora",
+    "save_xlora",
+    "stored_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def load_xlora(
     scan_layers: bool = True,
     place: Placer | None = None,
     backend: str = "auto",
+    router: str = "classifier",
     **hub_options: Any,
 ) -> XLoraModel:
     """Load an X-LoRA model: a base model, its experts, and a classifier, new or trained.
@@ -81,6 +92,9 @@ def load_xlora(
         scan_layers: see :func:`interop.load_base`.
         place: see :func:`interop.load_base`; it is called for the arrays of experts and classifier too.
         backend: see :func:`interop.load_base`.
+        router: ``classifier``, or ``arrow``: each layer computes its gates from its own input and the experts'
+            directions, and there is nothing to train. Of ``config``, ``top_k_lora``, ``softmax_temperature`` and
+            ``global_scaling_weight`` apply.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
 
     Returns:
@@ -107,6 +121,10 @@ def load_xlora(
 
     if checkpoint is not None and config is not None:
         raise ValueError("give either checkpoint (which has its config) or config (for a new classifier), not both")
+    if router not in ("classifier", "arrow"):
+        raise ValueError(f"router: expected 'classifier' or 'arrow', got {router!r}")
+    if router == "arrow" and checkpoint is not None:
+        raise ValueError("give either checkpoint (a trained classifier) or router='arrow' (none), not both")
     trained = None if checkpoint is None else read_xlora(resolve(checkpoint, **hub_options))
     return _put_together(
         get_base,
@@ -117,6 +135,7 @@ def load_xlora(
         seed=seed,
         head=head,
         place=place or put_on_default_device,
+        router=router,
         **hub_options,
     )
 
@@ -154,6 +173,14 @@ def open_xlora(
     )
 
 
+def stored_dtype(checkpoint: str | Path) -> np.dtype[Any]:
+    """Return the dtype of a checkpoint's classifier for :func:`open_xlora`, float32 in place of float64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading repeats these warnings
+        stored = read_xlora(resolve(checkpoint)).classifier[0][0].dtype
+    return stored if stored.itemsize < 8 else np.dtype(np.float32)
+
+
 def _put_together(
     get_base: Callable[[Head | None], BaseModel],
     trained: XLoraCheckpoint | None,
@@ -164,6 +191,7 @@ def _put_together(
     seed: int,
     head: str | None,
     place: Placer,
+    router: str = "classifier",
     **hub_options: Any,
 ) -> XLoraModel:
     """Make a model from a base with the chosen head, from experts, and from a classifier, new or trained."""
@@ -179,10 +207,12 @@ def _put_together(
     config = _fitted(config, adapters, base_model)
 
     loaded = fit_adapters(experts_read, base_model)
-    experts, layers = stack_experts(loaded, base_model, expert_dtype, place)
+    experts, layers = stack_experts(loaded, base_model, expert_dtype, place, directions=router == "arrow")
     origin = XLoraOrigin(base_model.origin, loaded, {} if trained is None else trained.extras)
     params = {"base": base_model.params, "experts": experts, "classifier": {}}
-    model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin)
+    model = XLoraModel(base_model.module, params, config, layers, tuple(adapters), origin, router)
+    if router == "arrow":
+        return model
     classifier = (
         _new_classifier(model, seed)
         if trained is None
@@ -203,6 +233,11 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
     Raises:
         FormatError: the layout can't express this model; the message gives the reason.
     """
+    if model.router != "classifier":
+        raise FormatError(
+            f"the router {model.router!r} has no trained weights to save; expected a model with a classifier. Load it "
+            f"again from its adapters with load_xlora(..., router={model.router!r})."
+        )
     origin: XLoraOrigin = model.origin
     classifier = model.params["classifier"]
     write_xlora(
@@ -216,7 +251,7 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         adapters=unstack_experts(model.params["experts"], model.layers, origin.adapters),
         base_model=origin.base.name_or_path,
         layer_names=model.layer_names,
-        extras={"task_type": _TASK_TYPES.get(model.module.config.head), **origin.extras},
+        extras={"task_type": TASK_TYPES.get(model.module.config.head), **origin.extras},
         head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
         num_labels=model.module.config.num_labels,
     )
@@ -258,7 +293,7 @@ def _brought_head(trained: XLoraCheckpoint | None, adapters: Sequence[LoraAdapte
 
 
 # PEFT's task type for each kind of head; it has none for image classification.
-_TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS"}
+TASK_TYPES = {"lm": "CAUSAL_LM", "token": "TOKEN_CLS", "last": "SEQ_CLS", "pooled": "SEQ_CLS"}
 
 
 def experts_of(trained: XLoraCheckpoint, adapters: Mapping[str, str | Path] | None = None) -> Mapping[str, str | Path]:

@@ -35,7 +35,7 @@ INTEROP_FLOORS = [
     ("interop.checkpoint",),
     ("interop.experts",),
     ("interop.model",),
-    ("interop.inspection",),
+    ("interop.editing", "interop.inspection", "interop.merging"),
 ]
 ROOF = ("xlora_jax.job", "xlora_jax.cli")
 

@@ -37,7 +37,7 @@ _HOMES = {
     "training.config": ("TrainConfig",),
     "training.data": ("Codec", "Loader", "Rows", "encode_records", "lay_out"),
     "training.records": ("BadRecords", "read_records"),
-    "training.evaluation": ("evaluate",),
+    "training.evaluation": ("evaluate", "mean_gates"),
     "training.losses": ("causal_lm_loss",),
     "training.regularizers": ("Regularizers",),
     "training.routing": ("Routing", "make_routing_step"),

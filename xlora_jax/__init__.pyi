@@ -36,6 +36,7 @@ from xlora_jax.training.data import Rows as Rows
 from xlora_jax.training.data import encode_records as encode_records
 from xlora_jax.training.data import lay_out as lay_out
 from xlora_jax.training.evaluation import evaluate as evaluate
+from xlora_jax.training.evaluation import mean_gates as mean_gates
 from xlora_jax.training.losses import causal_lm_loss as causal_lm_loss
 from xlora_jax.training.records import BadRecords as BadRecords
 from xlora_jax.training.records import read_records as read_records

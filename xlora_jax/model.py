@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from xlora_jax.config import XLoraConfig
 from xlora_jax.generation.generate import GenerationConfig, GenerationStats, generate, stream
+from xlora_jax.generation.given import Given, read_given
 from xlora_jax.generation.state import Ints
 from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.models import BaseModule, Decoder, DecoderOutput
@@ -124,6 +125,7 @@ class XLoraModel:
         expert_names: names of the experts in the order of the classifier's outputs.
         origin: record of the files that base and experts came from, which saving needs; None if they came from no
             files.
+        router: source of the gates, ``classifier`` or ``arrow``; see :class:`~xlora_jax.passes.XLora`.
     """
 
     module: BaseModule
@@ -132,6 +134,7 @@ class XLoraModel:
     layers: AdaptedLayers
     expert_names: tuple[str, ...]
     origin: Any = None
+    router: str = "classifier"
     _enabled: bool = field(default=True, repr=False)
     _logging: bool = field(default=False, repr=False)
     _log: list[jax.Array] = field(default_factory=list, repr=False)
@@ -145,7 +148,7 @@ class XLoraModel:
     @property
     def xlora(self) -> XLora:
         """Static description, the first argument of the pure functions."""
-        return XLora(self.module, self.layers, len(self.expert_names), self.config)
+        return XLora(self.module, self.layers, len(self.expert_names), self.config, router=self.router)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -202,13 +205,26 @@ class XLoraModel:
         return out
 
     def generate(
-        self, input_ids: Any, attention_mask: Any = None, *, config: GenerationConfig | None = None, **options: Any
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        scalings: Any = None,
+        experts: Any = None,
+        config: GenerationConfig | None = None,
+        **options: Any,
     ) -> jax.Array:
         """Generate with a cache for each pass, on the device.
 
         Args:
             input_ids: int ``[B, T]``, NumPy or JAX; prompts of different length are padded, usually on the left.
             attention_mask: ``[B, T]``, zero at padding; None if there is no padding.
+            scalings: constant scalings in place of the classifier's, broadcast to ``[B, 1, L, N]``; or a list with one
+                entry per row: an array that broadcasts to ``[L, N]``, or None for a row that uses the classifier.
+                Top-k, the softmax over the selected gates and the global weight still apply. If every row has its own
+                scalings, a token takes one pass.
+            experts: the same by name: ``{"math": 1.0}`` for all rows, or a list with one mapping or None per row.
+                Experts without an entry get 0.
             config: generation settings; default :class:`~xlora_jax.generation.generate.GenerationConfig`.
             **options: fields of ``config`` to change: ``max_new_tokens=48, do_sample=True, top_p=0.9, seed=1``.
 
@@ -216,10 +232,11 @@ class XLoraModel:
             int32 ``[B * num_return_sequences, T + max_new_tokens]``: the prompts as given, the new tokens, padding.
 
         Raises:
-            ValueError: shapes do not fit, a prompt has no tokens, or a setting is invalid.
+            ValueError: shapes do not fit, a prompt has no tokens, an expert does not exist, or a setting is invalid.
             TypeError: an option does not exist.
         """
         config = dataclasses.replace(config or GenerationConfig(), **options)
+        given = self._given(input_ids, scalings, experts)
         out = generate(
             self.xlora,
             self.params,
@@ -228,6 +245,7 @@ class XLoraModel:
             config,
             experts=self._experts_on,
             record=self._logging,
+            given=given,
         )
         self._stats = out.stats
         if out.scalings is not None:
@@ -260,6 +278,8 @@ class XLoraModel:
         attention_mask: Any = None,
         *,
         steps: int = 4,
+        scalings: Any = None,
+        experts: Any = None,
         config: GenerationConfig | None = None,
         **options: Any,
     ) -> Iterator[list[Ints]]:
@@ -269,6 +289,8 @@ class XLoraModel:
             input_ids: prompts, as in :meth:`generate`.
             attention_mask: mask, as in :meth:`generate`.
             steps: number of decoding steps between two pieces.
+            scalings: constant scalings, as in :meth:`generate`.
+            experts: constant scalings by name, as in :meth:`generate`.
             config: settings, as in :meth:`generate`.
             **options: fields of ``config`` to change, as in :meth:`generate`.
 
@@ -277,8 +299,21 @@ class XLoraModel:
         """
         config = dataclasses.replace(config or GenerationConfig(), **options)
         self._stats = yield from stream(
-            self.xlora, self.params, input_ids, attention_mask, config, experts=self._experts_on, steps=steps
+            self.xlora,
+            self.params,
+            input_ids,
+            attention_mask,
+            config,
+            experts=self._experts_on,
+            steps=steps,
+            given=self._given(input_ids, scalings, experts),
         )
+
+    def _given(self, input_ids: Any, scalings: Any, experts: Any) -> Given | None:
+        given = read_given(scalings, experts, len(input_ids), len(self.layers), self.expert_names)
+        if given is not None and not self._experts_on:
+            raise ValueError("scalings are given, but the experts are switched off (disable_adapter): switch them on")
+        return given
 
     def get_generation_stats(self) -> GenerationStats | None:
         """Return the cost of the last generation: seconds, reads of the weights per token, acceptance of drafts."""

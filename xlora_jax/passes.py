@@ -23,6 +23,7 @@ from jax import lax
 from xlora_jax.config import XLoraConfig
 from xlora_jax.layers import mixing
 from xlora_jax.layers.adapted import AdaptedLayers
+from xlora_jax.layers.arrow import Arrow
 from xlora_jax.layers.modules import XLoraClassifier
 from xlora_jax.models import BaseModule, Cache, DecoderOutput
 
@@ -35,6 +36,7 @@ __all__ = [
     "forward",
     "real_pass",
     "scaling_pass",
+    "single_pass",
     "unembed",
 ]
 
@@ -51,6 +53,8 @@ class XLora:
         num_experts: N, number of experts.
         config: X-LoRA settings.
         gate_dtype: dtype of the classifier's computation; None means the base model's, as in PEFT.
+        router: source of the gates: ``classifier``, or ``arrow`` (:mod:`xlora_jax.layers.arrow`), which needs no
+            scaling pass.
     """
 
     module: BaseModule
@@ -58,6 +62,7 @@ class XLora:
     num_experts: int
     config: XLoraConfig
     gate_dtype: jax.typing.DTypeLike | None = None
+    router: str = "classifier"
 
     def __post_init__(self) -> None:
         """Check the settings against the number of experts."""
@@ -65,7 +70,13 @@ class XLora:
 
     @property
     def classifier(self) -> XLoraClassifier:
-        """Classifier that the settings describe."""
+        """Classifier that the settings describe.
+
+        Raises:
+            ValueError: the router is another.
+        """
+        if self.router != "classifier":
+            raise ValueError(f"the router {self.router!r} has no classifier: each layer computes its own gates")
         config = self.config
         return XLoraClassifier(
             num_layers=len(self.layers),
@@ -80,9 +91,19 @@ class XLora:
             param_dtype=self.module.param_dtype,
         )
 
-    def gates(self, scalings: jax.Array) -> dict[str, Any]:
-        """Return the ``scalings`` collection for the real pass, from scalings ``[B, T, L or 1, N]``."""
+    @property
+    def arrow(self) -> Arrow | None:
+        """Source of gates that stands for the scalings if the router is ``arrow``, else None."""
+        config = self.config
+        if self.router != "arrow":
+            return None
+        return Arrow(config.top_k_lora, config.softmax_temperature, config.global_scaling_weight)
+
+    def gates(self, scalings: jax.Array | Arrow) -> dict[str, Any]:
+        """Return the ``scalings`` collection for the real pass, from scalings ``[B, T, L or 1, N]`` or their source."""
         weight = self.config.global_scaling_weight
+        if isinstance(scalings, Arrow):
+            return self.layers.collection(scalings, weight)
         gates = mixing.layer_gates(
             scalings, top_k=self.config.top_k_lora, softmax_selected=self.config.enable_softmax_topk, weight=weight
         )
@@ -96,7 +117,8 @@ class XLoraOutput:
     Attributes:
         logits: ``[B, T, V]`` in the base model's dtype; None if not requested.
         hidden_states: ``[B, T, D]`` of the real pass, after the final norm.
-        scalings: ``[B, T, L, N]``, the classifier's output, before top-k; None with the experts disabled.
+        scalings: ``[B, T, L, N]``, the classifier's output, before top-k; None with the experts disabled, or without
+            a classifier.
     """
 
     logits: jax.Array | None
@@ -151,12 +173,12 @@ def classify(
 def real_pass(
     xlora: XLora,
     params: Params,
-    scalings: jax.Array,
+    scalings: jax.Array | Arrow,
     *,
     rngs: Mapping[str, jax.Array] | None = None,
     **inputs: Any,
 ) -> DecoderOutput:
-    """Run the second pass: the base model with its experts mixed by ``scalings [B, T, L or 1, N]``."""
+    """Run the second pass: the base model with its experts mixed by ``scalings [B, T, L or 1, N]`` or their source."""
     variables = {"params": params["base"], "experts": params["experts"], "scalings": xlora.gates(scalings)}
     return cast(DecoderOutput, xlora.module.apply(variables, rngs=dict(rngs or {}), **inputs))
 
@@ -209,6 +231,9 @@ def forward(
     lora_rngs: list[dict[str, jax.Array]] = [{}, {}]
     if "lora_dropout" in rngs:
         lora_rngs = [{"lora_dropout": key} for key in jax.random.split(rngs["lora_dropout"])]
+    if scalings is None and xlora.arrow is not None:
+        out = real_pass(xlora, params, xlora.arrow, rngs=lora_rngs[1], with_logits=with_logits, **inputs)
+        return XLoraOutput(out.logits, out.hidden_states, None)
     if scalings is None:
         hidden_states, _ = scaling_pass(xlora, params, rngs=lora_rngs[0], **inputs)
         scalings = classify(xlora, params, hidden_states, rngs={k: v for k, v in rngs.items() if k == "dropout"})
@@ -223,7 +248,16 @@ def forward(
     return XLoraOutput(out.logits, out.hidden_states, xlora.layers.expand(scalings))
 
 
-def unembed(xlora: XLora, params: Params, hidden_states: jax.Array, scalings: jax.Array | None = None) -> jax.Array:
+def single_pass(xlora: XLora, params: Params, **inputs: Any) -> DecoderOutput:
+    """Run the one pass of a model without a classifier: with the router's gates, or else the base model alone."""
+    if xlora.arrow is None:
+        return base_forward(xlora, params, **inputs)
+    return real_pass(xlora, params, xlora.arrow, **inputs)
+
+
+def unembed(
+    xlora: XLora, params: Params, hidden_states: jax.Array, scalings: jax.Array | Arrow | None = None
+) -> jax.Array:
     """Return logits ``[B, T, V]`` of ``hidden_states [B, T, D]``; with ``scalings``, the head's experts are mixed."""
     variables = {"params": params["base"]}
     if scalings is not None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from interop.peft.config import ADAPTER_CONFIG_FILE, HEADS, PLAIN, AdapterSettings, read_settings
 from interop.peft.formats import format_of_files, format_of_keys
 from interop.peft.patterns import check_patterns
-from interop.storage.atomic import replacing
+from interop.storage.atomic import check_replaceable, replacing
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import resolve, weights_file
@@ -35,6 +35,7 @@ __all__ = [
     "LoraLayer",
     "adapter_config",
     "adapter_tensors",
+    "check_lora_target",
     "load_lora",
     "save_lora",
     "write_lora",
@@ -375,6 +376,16 @@ def save_lora(adapter: LoraAdapter, directory: str | os.PathLike[str]) -> None:
     """
     with replacing(directory, owned=_OWNED) as partial:
         write_lora(adapter, partial)
+
+
+def check_lora_target(directory: str | os.PathLike[str]) -> None:
+    """Check that `save_lora` can create or replace a directory. Nothing is written.
+
+    Raises:
+        FileExistsError: the directory is a file, or holds files that don't belong to an adapter.
+        OSError: the directory can't be written.
+    """
+    check_replaceable(Path(directory).expanduser().resolve(), owned=_OWNED)
 
 
 def write_lora(adapter: LoraAdapter, directory: Path) -> None:

@@ -71,6 +71,35 @@ print(quickstart_assets.prepare(Path(".cache/quickstart"), Console(quiet=True)).
 
 
 @pytest.mark.slow
+def test_an_expert_added_to_the_quickstarts_gate(quickstart):
+    """The losses stay when an expert is added; when it has learned, the others' tasks have not suffered much."""
+    folder, _, _ = quickstart
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+from pathlib import Path
+import quickstart_assets
+from rich.console import Console
+from interop import add_expert, load_xlora, remove_expert
+from xlora_jax import Rows, TrainConfig, evaluate, make_eval_step, split_params, train
+assets = quickstart_assets.prepare(Path(".cache/quickstart"), Console(quiet=True))
+def losses(model):
+    step, parts = make_eval_step(model.xlora), split_params(model.params, model.config)
+    return {{n: evaluate(step, *parts, Rows.from_tokens(t[:8]), 8)[0] for n, t in assets.held_out.items()}}
+before = remove_expert(load_xlora(assets.base, checkpoint="out/xlora"), "json")
+added = add_expert(before, "json", assets.adapters["json"])
+rows = Rows.from_tokens(assets.train["json"][:16])
+settings = TrainConfig(steps=8, batch_size=8, learning_rate=1e-2, only_expert="json", tensorboard=False)
+learned = train(add_expert(before, "json", assets.adapters["json"], prior=0.1), rows, settings).model
+print(json.dumps([losses(before), losses(added), losses(learned)]))
+"""
+    before, added, learned = json.loads(run("-c", code, cwd=folder).stdout.splitlines()[-1])
+    assert added == pytest.approx(before, rel=1e-5)
+    assert learned["json"] < before["json"]
+    assert all(learned[name] < before[name] + 0.1 for name in before)
+
+
+@pytest.mark.slow
 def test_walkthrough(quickstart):
     folder, _, _ = quickstart
     done = run(EXAMPLES / "walkthrough.py", cwd=folder)

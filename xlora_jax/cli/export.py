@@ -39,15 +39,10 @@ def command(
     command fails and nothing is written.
     """
     from interop import save_xlora
-    from interop.checkpoint.read import read_xlora
-    from interop.model import open_xlora
-    from interop.storage.hub import resolve
+    from interop.model import open_xlora, stored_dtype
 
     adapters = named_paths(adapter, "--adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading repeats these warnings
-        stored = read_xlora(resolve(checkpoint)).classifier[0][0].dtype
-    dtype = stored if stored.itemsize < 8 else "float32"
+    dtype = stored_dtype(checkpoint)
     with working(f"writing {output}", quiet=quiet), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         model = open_xlora(base, dtype=dtype, checkpoint=checkpoint, adapters=adapters or None)

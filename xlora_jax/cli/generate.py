@@ -32,6 +32,13 @@ def command(
         str | None, Option(help="Trained X-LoRA, PEFT's layout or the original. Without it the base model speaks.")
     ] = None,
     adapter: Adapters = None,
+    gate: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=WEIGHT",
+            help="Constant weight of an expert, in place of the trained gate. Repeatable; experts not named get 0.",
+        ),
+    ] = None,
     chat: Annotated[bool, Option("--chat", help="Put each prompt into the tokenizer's chat template.")] = False,
     system: Annotated[str | None, Option(help="System message of the chat.")] = None,
     max_new_tokens: Annotated[int | None, Option(help="Tokens to generate at most.")] = None,
@@ -106,13 +113,16 @@ def command(
         **{name: value for name, value in given.items() if value is not None},
     )
     adapters = named_paths(adapter, "--adapter") or None
-    if adapters and checkpoint is None:
-        raise ValueError("--adapter needs --checkpoint: experts without a trained classifier have no gates")
+    weights = _weights(gate)
+    if adapters and checkpoint is None and weights is None:
+        raise ValueError("--adapter needs --checkpoint or --gate: experts without a trained classifier have no gates")
+    if weights is not None and not adapters and checkpoint is None:
+        raise ValueError("--gate needs --checkpoint or --adapter: the base model alone has no experts")
     with working(f"loading {base}", quiet=quiet):
         # Separate blocks compile more slowly than stacked ones, but generate faster.
         model: Any = (
             load_base(base, dtype=dtype, scan_layers=False)
-            if checkpoint is None
+            if checkpoint is None and not adapters
             else load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
         )
         warn_of_added_tokens(tokenizer, model.module.config.vocab_size)
@@ -120,14 +130,15 @@ def command(
     rows = len(ids) * config.num_return_sequences
     if stream and rows > 1:
         raise ValueError(f"--stream prints one text, got {rows}: leave it out")
+    constant = {} if weights is None else {"experts": weights}
     if stream or (stream is None and rows == 1):
         text = TextStream(decode, stops)
-        for (tokens,) in model.stream(ids, mask, config=config):
+        for (tokens,) in model.stream(ids, mask, config=config, **constant):
             say(text.push(tokens), nl=False)
         say(text.close())
     else:
         with working("generating", quiet=quiet):
-            out = np.asarray(model.generate(ids, mask, config=config))[:, ids.shape[1] :]
+            out = np.asarray(model.generate(ids, mask, config=config, **constant))[:, ids.shape[1] :]
         for row, tokens in enumerate(out.tolist()):
             if rows > 1:
                 say(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
@@ -135,6 +146,16 @@ def command(
             say(written if stops is None else stops.cut(written))
     if stats:
         say(_describe(model.get_generation_stats()), dim=True, err=True)
+
+
+def _weights(entries: Sequence[str] | None) -> dict[str, float] | None:
+    weights = {}
+    for name, text in named_paths(entries, "--gate", "WEIGHT").items():
+        try:
+            weights[name] = float(text)
+        except ValueError:
+            raise ValueError(f"--gate: {name}: expected a number, got {text!r}") from None
+    return weights or None
 
 
 def _read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:

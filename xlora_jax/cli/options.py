@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Adapters", "Base", "Quiet", "json_object", "named_paths", "read_settings_file"]
+__all__ = ["Adapters", "Base", "Quiet", "held_out_paths", "json_object", "named_paths", "read_settings_file"]
 
 Base = Annotated[str, typer.Option("--base", help="HF base model: directory or hub id.")]
 Adapters = Annotated[
@@ -24,8 +24,8 @@ Adapters = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
 
-def named_paths(entries: Sequence[str] | None, option: str) -> dict[str, str]:
-    """Return a mapping of names to paths from NAME=PATH entries, in their order.
+def named_paths(entries: Sequence[str] | None, option: str, value: str = "PATH") -> dict[str, str]:
+    """Return a mapping of names to paths, or to other values, from NAME=PATH entries, in their order.
 
     Raises:
         ValueError: an entry has another form, or a name is given twice.
@@ -34,11 +34,16 @@ def named_paths(entries: Sequence[str] | None, option: str) -> dict[str, str]:
     for entry in entries or ():
         name, equals, path = entry.partition("=")
         if not (name and equals and path):
-            raise ValueError(f"{option}: expected NAME=PATH, got {entry!r}")
+            raise ValueError(f"{option}: expected NAME={value}, got {entry!r}")
         if name in paths:
             raise ValueError(f"{option}: the name {name!r} is given twice")
         paths[name] = path
     return paths
+
+
+def held_out_paths(entries: Sequence[str] | None) -> dict[str, str]:
+    """Return held-out data by name; a path without a name is called ``eval``."""
+    return named_paths([entry if "=" in entry else f"eval={entry}" for entry in entries or ()], "--eval")
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:

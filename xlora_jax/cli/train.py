@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from xlora_jax.cli.options import Quiet, json_object, named_paths, read_settings_file
+from xlora_jax.cli.options import Quiet, held_out_paths, json_object, named_paths, read_settings_file
 from xlora_jax.cli.terminal import say
 from xlora_jax.job import Job, run_training
 from xlora_jax.training.config import TrainConfig
@@ -99,7 +99,7 @@ def command(
         "adapters": named_paths(adapter, "--adapter") or None,
         "data": data,
         "output": output,
-        "eval_data": _held_out(eval_data or []) or None,
+        "eval_data": held_out_paths(eval_data) or None,
         "checkpoint": checkpoint,
         "xlora": None if xlora is None else json_object(xlora, "--xlora"),
         "length": length,
@@ -168,8 +168,3 @@ def _job(given: Mapping[str, Any], run: Mapping[str, Any], config: Path | None) 
             option = "--adapter NAME=DIR" if name == "adapters" else f"--{name}"
             raise ValueError(f"{option} is missing; give it, or {name}: in the file of --config")
     return Job(**{"adapters": {}, **values}, train=TrainConfig(**fields))
-
-
-def _held_out(entries: list[str]) -> dict[str, str]:
-    """Return held-out data by name; a path without a name is called ``eval``."""
-    return named_paths([entry if "=" in entry else f"eval={entry}" for entry in entries], "--eval")

@@ -55,12 +55,13 @@ from xlora_jax.generation.state import (
     chunk_size,
     keeps_cache,
     new_tokens,
+    own_scalings,
     select_rows,
     update,
 )
 from xlora_jax.generation.steps import MODES, Base, Frozen, Mode, Plain, Recompute, StaleGates
 from xlora_jax.models import Place
-from xlora_jax.passes import Params, XLora, base_forward, classify, real_pass, scaling_pass, unembed
+from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, single_pass, unembed
 
 __all__ = ["advance", "decode", "prefill"]
 
@@ -90,13 +91,18 @@ def prefill(xlora: XLora, settings: Settings, params: Params, state: State, offs
     def at_last(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, jnp.clip(last, 0, chunk - 1).reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
-    if state.scaling is None:
-        out = base_forward(xlora, params, cache=state.real, with_logits=False, **inputs)
-        logits = unembed(xlora, params, at_last(out.hidden_states))[:, 0]
+    if state.scalings is None:
+        out = single_pass(xlora, params, cache=state.real, with_logits=False, **inputs)
+        logits = unembed(xlora, params, at_last(out.hidden_states), xlora.arrow)[:, 0]
         state = update(state, real=out.cache)
     else:
-        hidden, scaling = scaling_pass(xlora, params, cache=state.scaling, **inputs)
-        scalings = classify(xlora, params, hidden)
+        scaling = None
+        if state.scaling is None:
+            assert state.given is not None
+            scalings = jnp.broadcast_to(state.given[:, None], (batch, chunk, *state.given.shape[1:]))
+        else:
+            hidden, scaling = scaling_pass(xlora, params, cache=state.scaling, **inputs)
+            scalings = own_scalings(state, classify(xlora, params, hidden))
         out = real_pass(xlora, params, scalings, cache=state.real, with_logits=False, **inputs)
         # The output head may have experts too, so it needs the gates of its one position.
         logits = unembed(xlora, params, at_last(out.hidden_states), at_last(scalings))[:, 0]
@@ -187,7 +193,7 @@ def decode(
     if switch is not None and first.max() <= switch < most.max() - 1:
         # From position `switch` on, the model uses other rotary frequencies, and all cached keys are wrong. The token
         # at `switch` itself is still chosen before that; drafting would look beyond it.
-        mode: Mode = Base() if state.scaling is None else Plain()
+        mode = _without_drafts(state)
         while (left := switch + 1 - int(state.length.max())) > 0 and not state.done.all():
             state = run(state, mode, most, left)
             yield state
@@ -204,7 +210,7 @@ def decode(
             return
         stop, limit = most, None
         if state.scaling is None:
-            mode = Base()
+            mode = _without_drafts(state)
         elif (done | (length >= thaw)).all():
             mode = Frozen()
         elif chooser is not None:
@@ -235,6 +241,13 @@ def _recomputed(
         state = _stopped(state, first, stop_at)
         yield state
         limit = min(steps or UNBOUNDED, UNBOUNDED)
+
+
+def _without_drafts(state: State) -> Mode:
+    """Return the exact mode of one token per step that needs the fewest passes."""
+    if state.scalings is None:
+        return Base()
+    return Frozen() if state.scaling is None else Plain()
 
 
 def _bytes_of(params: Params) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlora_jax.generation.decoding import decode
+from xlora_jax.generation.given import Given
 from xlora_jax.generation.sampling import LogitsProcessor, Sampler
 from xlora_jax.generation.state import (
     UNBOUNDED,
@@ -26,6 +28,7 @@ from xlora_jax.generation.state import (
     StopAt,
     keeps_cache,
     new_tokens,
+    passes,
     row_bytes,
     start,
 )
@@ -186,6 +189,7 @@ def generate(
     *,
     experts: bool = True,
     record: bool = False,
+    given: Given | None = None,
 ) -> Generated:
     """Generate from a batch of prompts.
 
@@ -197,11 +201,12 @@ def generate(
         config: generation settings.
         experts: whether to run the experts; False runs the base model alone.
         record: whether to return the scalings too.
+        given: scalings of rows that do not use the classifier's.
 
     Raises:
         ValueError: shapes do not fit, a prompt has no tokens, or a setting is invalid.
     """
-    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, record=record)
+    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, record=record, given=given)
     *_, state = run.states(None)
     width = run.input_ids.shape[1]
     tokens = np.full((len(run.input_ids), width + config.max_new_tokens), config.pad, np.int32)
@@ -221,6 +226,7 @@ def stream(
     *,
     experts: bool = True,
     steps: int = 4,
+    given: Given | None = None,
 ) -> Generator[list[Ints], None, GenerationStats]:
     """Generate piece by piece. The tokens are those of :func:`generate`.
 
@@ -232,6 +238,7 @@ def stream(
         config: generation settings.
         experts: whether to run the experts; False runs the base model alone.
         steps: number of decoding steps between two pieces.
+        given: scalings of rows that do not use the classifier's.
 
     Yields:
         One int32 array per row: its new tokens since the last piece. Rows advance at different speeds.
@@ -239,16 +246,16 @@ def stream(
     Returns:
         Cost of the generation, as the value of ``yield from``.
     """
-    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts)
-    given = np.zeros_like(run.lengths)
+    run = _Run.of(xlora, params, input_ids, attention_mask, config, experts=experts, given=given)
+    sent = np.zeros_like(run.lengths)
     state = None
     for state in run.states(steps):
         new = new_tokens(state, run.lengths)
-        piece = [tokens[count:] for tokens, count in zip(new, given, strict=True)]
+        piece = [tokens[count:] for tokens, count in zip(new, sent, strict=True)]
         if any(map(len, piece)):
             yield piece
         # A stop can remove tokens that were yielded before; they are not yielded again.
-        given = np.maximum(given, [len(tokens) for tokens in new])
+        sent = np.maximum(sent, [len(tokens) for tokens in new])
     assert state is not None
     return run.stats(state)
 
@@ -271,6 +278,7 @@ class _Run:
     input_ids: Ints
     attention_mask: Ints
     lengths: Ints
+    given: Given | None
     started: float = 0.0
     prefilled: float = 0.0
 
@@ -285,6 +293,7 @@ class _Run:
         *,
         experts: bool,
         record: bool = False,
+        given: Given | None = None,
     ) -> _Run:
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
@@ -297,6 +306,7 @@ class _Run:
             raise ValueError(
                 f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {list(mask.shape)}"
             )
+        xlora, experts = _routed(xlora, experts, given)
         lengths = (mask != 0).sum(axis=1).astype(np.int32)
         if not lengths.all():
             raise ValueError(f"prompt {int(np.argmin(lengths))} has no tokens: its attention_mask is all zero")
@@ -310,9 +320,11 @@ class _Run:
             )
         context = getattr(xlora.module.config, "context_length", None)
         settings = config.settings(record=record and experts)
+        if passes(experts, given) == 1:
+            settings = dataclasses.replace(settings, draft=False)
         longest = int(lengths.max())
         rows = len(ids) * config.num_return_sequences
-        size = row_bytes(xlora, longest, config.max_new_tokens, settings, experts) * rows
+        size = row_bytes(xlora, longest, config.max_new_tokens, settings, experts, given) * rows
         if context is not None and config.max_new_tokens > context and not config.beyond_context:
             raise ValueError(
                 f"max_new_tokens: expected at most {context}, the positions that the model was made for, got "
@@ -331,7 +343,8 @@ class _Run:
             )
         warn_beyond_context(int(lengths.max()), context, stacklevel=5)
         ids, mask, lengths = (np.repeat(array, config.num_return_sequences, axis=0) for array in (ids, mask, lengths))
-        return cls(xlora, params, config, settings, experts, ids.astype(np.int32), mask, lengths)
+        given = None if given is None else given.repeat(config.num_return_sequences)
+        return cls(xlora, params, config, settings, experts, ids.astype(np.int32), mask, lengths, given)
 
     def states(self, steps: int | None) -> Iterator[State]:
         self.started = time.perf_counter()
@@ -345,6 +358,7 @@ class _Run:
             settings=self.settings,
             rng=jax.random.key(self.config.seed),
             experts=self.experts,
+            given=self.given,
         )
         stop_at = self.config.stop_at
         for after in decode(self.model, self.settings, self.params, state, steps=steps, stop_at=stop_at):
@@ -387,6 +401,17 @@ def _check_recomputation(xlora: XLora, config: GenerationConfig) -> None:
         UserWarning,
         stacklevel=6,
     )
+
+
+def _routed(xlora: XLora, experts: bool, given: Given | None) -> tuple[XLora, bool]:
+    """Return the model to run, and whether it has scalings. With the router ``arrow`` it has none of its own."""
+    if xlora.arrow is None:
+        return xlora, experts
+    if experts and given is None:
+        return xlora, False
+    if given is not None and not given.rows.all():
+        raise ValueError("scalings: expected some for every row, or none at all: this model's layers gate themselves")
+    return dataclasses.replace(xlora, router="classifier"), experts
 
 
 def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> jax.Array | None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from flax import struct
 
 from xlora_jax.generation.drafting import GUESSES
+from xlora_jax.generation.given import Given
 from xlora_jax.generation.sampling import Sampler
 from xlora_jax.models import Decoder, KVCache, Place
 from xlora_jax.passes import XLora
@@ -36,7 +37,10 @@ __all__ = [
     "keeps_cache",
     "last_token",
     "new_tokens",
+    "own_scalings",
+    "passes",
     "record_scalings",
+    "row_bytes",
     "select_rows",
     "start",
     "update",
@@ -85,8 +89,10 @@ class State:
         pending: bool ``[B]``, whether the token at position ``length`` is a draft.
         scalings: ``[B, L or 1, N]`` of the last position that has been through both passes: ``length - 2``, or
             ``length - 1`` if a draft is pending. None for a base model alone.
+        given: ``[B, L or 1, N]``, constant scalings of the rows that are not ``gated``; None if all rows are.
+        gated: bool ``[B]``, whether a row's scalings are the classifier's; None if all are.
         recorded: ``[B, S, L or 1, N]``, scalings by position, zero for positions without; None if not recorded.
-        scaling: cache of the scaling pass; None for a base model alone.
+        scaling: cache of the scaling pass; None for a base model alone, or if no row is ``gated``.
         real: cache of the real pass, or of the base model alone; None for a model that keeps no cache.
         rng: PRNG key of the draws.
         reads: int32 ``[B]``, number of reads of the weights before the row ended.
@@ -101,6 +107,8 @@ class State:
     done: jax.Array
     pending: jax.Array
     scalings: jax.Array | None
+    given: jax.Array | None
+    gated: jax.Array | None
     recorded: jax.Array | None
     scaling: KVCache | None
     real: KVCache | None
@@ -120,6 +128,7 @@ def start(
     settings: Settings,
     rng: jax.Array,
     experts: bool = True,
+    given: Given | None = None,
 ) -> State:
     """Return the initial state.
 
@@ -131,18 +140,22 @@ def start(
         settings: settings of the generation.
         rng: PRNG key of the draws.
         experts: whether to run the experts; False for the base model alone.
+        given: scalings of rows that do not use the classifier's; None if all rows use them.
     """
     batch = len(prompts)
     longest = int(lengths.max())
     capacity, margin = _slots(xlora, longest, max_new_tokens, settings, experts)
     tokens = np.zeros((batch, capacity), np.int32)
     tokens[:, :longest] = prompts[:, :longest]
-    count = (1 + experts) if keeps_cache(xlora) else 0
+    count = passes(experts, given) if keeps_cache(xlora) else 0
     caches = [xlora.module.empty_cache(batch, capacity, settings.cache_dtype, margin) for _ in range(count)]
-    scalings = recorded = None
+    scalings = recorded = constant = gated = None
     if experts:
-        shape = (len(xlora.layers) if xlora.config.layerwise_scalings else 1, xlora.num_experts)
+        shape = _scalings_shape(xlora, given)
         scalings = jnp.zeros((batch, *shape), xlora.module.dtype)
+        if given is not None:
+            constant = jnp.broadcast_to(jnp.asarray(given.scalings, xlora.module.dtype), scalings.shape)
+            gated = ~jnp.asarray(given.rows)
         recorded = jnp.zeros((batch, capacity, *shape), xlora.module.dtype) if settings.record else None
     return State(
         tokens=jnp.asarray(tokens),
@@ -151,6 +164,8 @@ def start(
         done=jnp.zeros(batch, bool),
         pending=jnp.zeros(batch, bool),
         scalings=scalings,
+        given=constant,
+        gated=gated,
         recorded=recorded,
         scaling=caches[1] if count > 1 else None,
         real=caches[0] if count else None,
@@ -167,6 +182,16 @@ def keeps_cache(xlora: XLora) -> bool:
     return isinstance(xlora.module, Decoder)
 
 
+def passes(experts: bool, given: Given | None) -> int:
+    """Return the number of passes, and so of caches: 2, or 1 for the base model alone and if no row uses the gate."""
+    return 1 + (experts and (given is None or not given.rows.all()))
+
+
+def _scalings_shape(xlora: XLora, given: Given | None) -> tuple[int, int]:
+    by_layer = xlora.config.layerwise_scalings or (given is not None and given.scalings.shape[1] > 1)
+    return (len(xlora.layers) if by_layer else 1, xlora.num_experts)
+
+
 def _slots(
     xlora: XLora, longest: int, max_new_tokens: int, settings: Settings, experts: bool
 ) -> tuple[int, int | None]:
@@ -181,7 +206,14 @@ def _slots(
     return capacity, None if xlora.module.config.rope_switches_at is not None else max(chunk, ahead + 1)
 
 
-def row_bytes(xlora: XLora, longest: int, max_new_tokens: int, settings: Settings, experts: bool) -> int:
+def row_bytes(
+    xlora: XLora,
+    longest: int,
+    max_new_tokens: int,
+    settings: Settings,
+    experts: bool,
+    given: Given | None = None,
+) -> int:
     """Return the bytes of each row of a state, caches included; arguments as those of :func:`start`."""
     capacity, margin = _slots(xlora, longest, max_new_tokens, settings, experts)
 
@@ -190,10 +222,9 @@ def row_bytes(xlora: XLora, longest: int, max_new_tokens: int, settings: Setting
     cache = 0
     if keeps_cache(xlora):
         cache = _cache_bytes(cast(Hashable, xlora.module), part, settings.cache_dtype, margin) * capacity // part
-    size = 4 * capacity + cache * (1 + experts)
+    size = 4 * capacity + cache * passes(experts, given)
     if experts and settings.record:
-        layers = len(xlora.layers) if xlora.config.layerwise_scalings else 1
-        size += capacity * layers * xlora.num_experts * jnp.dtype(xlora.module.dtype).itemsize
+        size += capacity * math.prod(_scalings_shape(xlora, given)) * jnp.dtype(xlora.module.dtype).itemsize
     return size
 
 
@@ -267,6 +298,14 @@ def select_rows(rows: jax.Array, new: jax.Array, old: jax.Array | None) -> jax.A
     """Take the scalings ``new`` in the given ``rows`` (bool ``[B]``) and ``old`` elsewhere."""
     assert old is not None
     return jnp.where(rows[:, None, None], new, old)
+
+
+def own_scalings(state: State, scalings: jax.Array) -> jax.Array:
+    """Replace the classifier's ``scalings [B, T, L or 1, N]`` in the rows that have their own."""
+    if state.given is None:
+        return scalings
+    assert state.gated is not None
+    return jnp.where(state.gated[:, None, None, None], scalings, state.given[:, None])
 
 
 def update(state: State, **changes: Any) -> State:

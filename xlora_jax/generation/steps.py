@@ -1,4 +1,4 @@
-"""Ways to make one decoding step: base alone, plain, frozen gates, stale gates, lookup, recomputation.
+"""Ways to make one decoding step: base alone, plain, constant gates, stale gates, lookup, recomputation.
 
 :mod:`xlora_jax.generation.decoding` explains their costs.
 """
@@ -18,13 +18,14 @@ from xlora_jax.generation.state import (
     append_token,
     choose_token,
     last_token,
+    own_scalings,
     record_scalings,
     select_rows,
     update,
 )
 from xlora_jax.layers import mixing
 from xlora_jax.models import PairedCache, Place
-from xlora_jax.passes import Params, XLora, base_forward, classify, forward, real_pass, scaling_pass, unembed
+from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, single_pass, unembed
 
 __all__ = ["MODES", "Base", "Frozen", "Lookup", "Mode", "Plain", "Recompute", "StaleGates"]
 
@@ -39,13 +40,13 @@ class Mode(Protocol):
 
 @dataclass(frozen=True)
 class Base:
-    """The base model alone."""
+    """The only pass of a model without a classifier."""
 
     def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
         token, place = last_token(state)
-        out = base_forward(xlora, params, input_ids=token, cache=state.real, place=place, with_logits=False)
-        logits = unembed(xlora, params, out.hidden_states)[:, 0]
+        out = single_pass(xlora, params, input_ids=token, cache=state.real, place=place, with_logits=False)
+        logits = unembed(xlora, params, out.hidden_states, xlora.arrow)[:, 0]
         state = update(state, real=out.cache, reads=state.reads + active)
         return append_token(settings, state, choose_token(settings, state, logits, state.length), active)
 
@@ -58,7 +59,7 @@ class Plain:
         """See :class:`Mode`."""
         token, place = last_token(state)
         hidden, scaling = scaling_pass(xlora, params, input_ids=token, cache=state.scaling, place=place)
-        scalings = classify(xlora, params, hidden)
+        scalings = own_scalings(state, classify(xlora, params, hidden))
         out = real_pass(xlora, params, scalings, input_ids=token, cache=state.real, place=place, with_logits=False)
         logits = unembed(xlora, params, out.hidden_states, scalings)[:, 0]
         state = update(
@@ -82,13 +83,12 @@ class Recompute:
         there = jnp.arange(state.tokens.shape[1]) < state.length[:, None]
         inputs: dict[str, Any] = {"input_ids": state.tokens, "attention_mask": there.astype(jnp.int32)}
         if state.scalings is None:
-            logits = base_forward(xlora, params, **inputs).logits
+            logits = single_pass(xlora, params, **inputs).logits
             state = update(state, reads=state.reads + active)
         else:
-            out = forward(xlora, params, **inputs)
-            logits, scalings = out.logits, out.scalings
-            assert scalings is not None
-            scalings = scalings[:, :, : state.scalings.shape[1]]
+            hidden, _ = scaling_pass(xlora, params, **inputs)
+            scalings = own_scalings(state, classify(xlora, params, hidden))
+            logits = real_pass(xlora, params, scalings, **inputs).logits
             state = update(
                 state,
                 scalings=select_rows(active, scalings[rows, last], state.scalings),
@@ -102,7 +102,11 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The real pass alone, with the gates of the last token before freezing. Approximate."""
+    """The real pass alone, with the scalings of the state.
+
+    Exact for rows with scalings of their own. For other rows, approximate: their scalings are those of the last token
+    before freezing.
+    """
 
     def step(self, xlora: XLora, settings: Settings, params: Params, state: State, active: jax.Array) -> State:
         """See :class:`Mode`."""
@@ -183,7 +187,7 @@ class StaleGates:
             place=Place(*(jnp.concatenate([column, column]) for column in (two[:, 0], two[:, 1]))),
             with_logits=False,
         )
-        fresh = classify(xlora, params, out.hidden_states[:batch, 1:])[:, 0]
+        fresh = own_scalings(state, classify(xlora, params, out.hidden_states[:batch, 1:]))[:, 0]
         logits = unembed(xlora, params, out.hidden_states[batch:], known)
         return logits, fresh, cast(PairedCache, out.cache)
 
@@ -203,7 +207,7 @@ class Lookup:
         # Guesses beyond a row's limit count as padding, because the model may not have their positions.
         place = Place(position, jnp.clip(state.limit - 2, position, position + GUESSES))
         hidden, scaling = scaling_pass(xlora, params, input_ids=tokens, cache=state.scaling, place=place)
-        scalings = classify(xlora, params, hidden)
+        scalings = own_scalings(state, classify(xlora, params, hidden))
         out = real_pass(xlora, params, scalings, input_ids=tokens, cache=state.real, place=place, with_logits=False)
         logits = unembed(xlora, params, out.hidden_states, scalings)
         state = update(state, scaling=scaling, real=out.cache, reads=state.reads + 2 * active)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlora_jax.layers.arrow import Arrow
+
 __all__ = ["ABSENT", "AdaptedLayers", "Slot"]
 
 ABSENT = -1
@@ -57,25 +59,23 @@ class AdaptedLayers:
         """Return L, the number of adapted layers."""
         return len(self.names)
 
-    def collection(self, gates: jax.Array, weight: float | jax.Array) -> dict[str, Any]:
+    def collection(self, gates: jax.Array | Arrow, weight: float | jax.Array) -> dict[str, Any]:
         """Return gates as the ``scalings`` collection.
 
         Args:
-            gates: ``[B, T, L, N]``, or ``[B, T, 1, N]`` if all layers share them.
+            gates: ``[B, T, L, N]``, or ``[B, T, 1, N]`` if all layers share them; or the source of gates that each
+                layer computes itself.
             weight: global scaling weight. The gates already contain it; biases need it separately.
 
         Returns:
             Nested mapping with ``gates [B, T, N]`` at each slot; stacked slots have a leading axis.
         """
-        shared = gates.shape[2] == 1
-        by_layer = jnp.moveaxis(gates, 2, 0)
         tree: dict[str, Any] = {}
         for slot in self.slots:
+            leaf: dict[str, Any]
             # The columns of an absent member are all zero, so any gate will do.
             index = np.maximum(np.asarray(slot.numbers), 0)
-            leaf = {"gates": jnp.broadcast_to(by_layer[0], (*index.shape, *by_layer.shape[1:]))}
-            if not shared:
-                leaf["gates"] = by_layer[index]
+            leaf = {"gates": gates if isinstance(gates, Arrow) else _at(gates, index)}
             if self.with_bias:
                 leaf["weight"] = jnp.full(index.shape, weight, jnp.float32)
             node = tree
@@ -103,3 +103,11 @@ class AdaptedLayers:
     def expand(self, scalings: jax.Array) -> jax.Array:
         """Return scalings ``[B, T, L, N]`` from ``[B, T, L, N]`` or ``[B, T, 1, N]``."""
         return jnp.broadcast_to(scalings, (*scalings.shape[:2], len(self), scalings.shape[-1]))
+
+
+def _at(gates: jax.Array, index: Any) -> jax.Array:
+    """Return the gates of the layers with these numbers: ``[*index.shape, B, T, N]``."""
+    by_layer = jnp.moveaxis(gates, 2, 0)
+    if gates.shape[2] == 1:
+        return jnp.broadcast_to(by_layer[0], (*index.shape, *by_layer.shape[1:]))
+    return by_layer[index]

@@ -18,6 +18,7 @@ from xlora_jax.layers import matmul as products
 
 __all__ = [
     "constant_scalings",
+    "direction_gates",
     "drop_and_project",
     "layer_gates",
     "mask_top_k",
@@ -107,6 +108,35 @@ def layer_gates(
         scalings = softmax_over_selected(scalings)
     # PEFT multiplies each expert's output by the weight; an output is linear in its gate.
     return scalings if isinstance(weight, (int, float)) and weight == 1 else scalings * weight
+
+
+def direction_gates(
+    similarities: jax.Array, present: jax.Array, *, top_k: int | None, temperature: float, weight: float = 1.0
+) -> jax.Array:
+    """Return gates of one layer from its own input: Arrow (arXiv 2405.11157), as in PEFT's ``lora/arrow.py``.
+
+    The gate is the softmax over ``|similarity| / temperature`` of the ``top_k`` most similar experts; the sign of a
+    direction has no meaning.
+
+    Args:
+        similarities: ``[..., N]``, product of the layer's input with each expert's direction, the first right singular
+            vector of its weight change.
+        present: bool ``[N]``, whether an expert adapts the layer; other experts take no share.
+        top_k: number of experts to keep, or None for all.
+        temperature: positive number; lower is sharper.
+        weight: factor of all gates.
+
+    Returns:
+        Gates ``[..., N]`` in the dtype of ``similarities``.
+    """
+    sizes = jnp.abs(similarities)
+    n = sizes.shape[-1]
+    keep = jnp.broadcast_to(present, sizes.shape)
+    if top_k is not None and top_k < n:
+        _, indices = lax.top_k(jnp.where(keep, sizes, -1), top_k)
+        keep &= (indices[..., :, None] == jnp.arange(n)).any(axis=-2)
+    # A finite number, so that a layer without experts gets finite gates too.
+    return jax.nn.softmax(jnp.where(keep, sizes / temperature, -1e30), axis=-1) * weight
 
 
 def constant_scalings(shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike) -> jax.Array:

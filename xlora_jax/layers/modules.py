@@ -5,7 +5,9 @@ The arithmetic is in :mod:`xlora_jax.layers.mixing`. An adapted layer reads thre
     params    parameters of the plain Flax layer
     experts   ``lora_a [D, R]``, ``lora_b [R, F]``, ``columns [N, R]``; if any expert has them, also
               ``lora_bias [N, F]`` with ``bias_scale [N]``, and ``lora_dropout [N]``
-    scalings  ``gates [B, T, N]``; if any expert has a ``lora_bias``, also ``weight``, the global scaling weight
+              and for Arrow ``directions [D, N]``
+    scalings  ``gates [B, T, N]``, or :class:`~xlora_jax.layers.arrow.Arrow` in their place; if any expert has a
+              ``lora_bias``, also ``weight``, the global scaling weight
 
 Without ``experts`` or without ``scalings`` the layer is the plain Flax layer. LoRA dropout is on if the caller passes
 an rng named ``lora_dropout``. Axes as in :mod:`xlora_jax.layers.mixing`.
@@ -25,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xlora_jax.layers import matmul as products
 from xlora_jax.layers import mixing
+from xlora_jax.layers.arrow import Arrow
 
 __all__ = [
     "TemperatureScaledSoftmax",
@@ -139,6 +142,20 @@ def _flat_gates(gates: jax.Array, shape: tuple[int, ...], module: nn.Module) -> 
     )
 
 
+def _gates_of(module: nn.Module, shape: tuple[int, ...], project: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Return the gates of a layer, as they are given or as its own input makes them."""
+    gates: jax.Array | Arrow = module.get_variable("scalings", "gates")
+    if not isinstance(gates, Arrow):
+        return _flat_gates(gates, shape, module)
+    return mixing.direction_gates(
+        project(module.get_variable("experts", "directions")),
+        (module.get_variable("experts", "columns") != 0).any(axis=-1),
+        top_k=gates.top_k,
+        temperature=gates.temperature,
+        weight=gates.weight,
+    )
+
+
 def add_experts(module: nn.Module, outputs: jax.Array, project: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Add the contribution of the experts at the path of ``module`` to ``outputs``, if experts and gates exist there.
 
@@ -155,7 +172,7 @@ def add_experts(module: nn.Module, outputs: jax.Array, project: Callable[[jax.Ar
     down = project(module.get_variable("experts", "lora_a"))
     delta = mixing.mix_experts(
         down,
-        _flat_gates(module.get_variable("scalings", "gates"), outputs.shape[:-1], module),
+        _gates_of(module, outputs.shape[:-1], project),
         module.get_variable("experts", "columns"),
         module.get_variable("experts", "lora_b"),
     )

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xlora_jax.layers.arrow import direction
+
 __all__ = ["Piece", "stack_pieces"]
 
 
@@ -37,7 +39,12 @@ class Piece:
 
 
 def stack_pieces(
-    members: Sequence[Sequence[Piece]], shape: tuple[int, ...], num_experts: int, dtype: np.dtype[Any]
+    members: Sequence[Sequence[Piece]],
+    shape: tuple[int, ...],
+    num_experts: int,
+    dtype: np.dtype[Any],
+    *,
+    directions: bool = False,
 ) -> dict[str, NDArray[Any]]:
     """Stack the pieces of each member, and pad members of smaller rank with columns that belong to no expert.
 
@@ -46,6 +53,7 @@ def stack_pieces(
         shape: shape of the base kernel: ``[D, F]``, ``[V, D]`` or ``[kh, kw, D, F]``.
         num_experts: N, number of experts.
         dtype: dtype of ``lora_a``, ``lora_b`` and ``lora_bias``.
+        directions: whether to add ``directions [D, N]``, for :mod:`xlora_jax.layers.arrow`.
 
     Returns:
         The leaves of the ``experts`` collection, each with a leading M axis.
@@ -75,6 +83,12 @@ def stack_pieces(
     leaves = {"lora_a": a, "lora_b": b, "columns": columns}
     if has_bias:
         leaves |= {"lora_bias": bias, "bias_scale": bias_scale}
+    if directions:
+        found = np.zeros((count, *inputs, num_experts), dtype)
+        for m, member in enumerate(members):
+            for piece in member:
+                found[m, ..., piece.expert] = direction(piece.a, piece.b)
+        leaves["directions"] = found
     if dropout.any():
         leaves["lora_dropout"] = dropout
     return leaves

@@ -45,6 +45,7 @@ class TrainConfig:
         entropy: weight of the router entropy, see there.
         z_loss: weight of the router z-loss, see there.
         regularize_per_layer: whether to balance the experts within every layer, or over all layers together.
+        only_expert: name of an expert: only the gate's outputs for it are trained. None trains the whole gate.
         eval_every: number of steps between evaluations; 0 evaluates at the end only.
         checkpoint_every: number of steps between checkpoints; 0 saves at the end and on SIGTERM only.
         keep_checkpoints: number of the latest checkpoints to keep.
@@ -83,6 +84,7 @@ class TrainConfig:
     entropy: float = 0.0
     z_loss: float = 0.0
     regularize_per_layer: bool = True
+    only_expert: str | None = None
     eval_every: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2

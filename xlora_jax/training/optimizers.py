@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "make_optimizer", "make_schedule"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "make_optimizer", "make_schedule", "only_expert"]
 
 Schedule = Callable[[Any], Any]
 
@@ -83,3 +85,29 @@ def make_optimizer(
     if max_grad_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def only_expert(
+    optimizer: optax.GradientTransformation, depth: int, experts: int, number: int
+) -> optax.GradientTransformation:
+    """Restrict an optimizer to the classifier's outputs for one expert; everything else keeps its values.
+
+    Args:
+        optimizer: any optax transformation of the trainable parameters.
+        depth: number of linear layers of the classifier.
+        experts: N, number of experts.
+        number: number of the expert that learns.
+    """
+
+    def own(path: tuple[Any, ...], leaf: Any) -> Any:
+        if [key.key for key in path[:2]] != ["classifier", f"dense_{depth - 1}"]:
+            return jnp.zeros_like(leaf)
+        columns = leaf.reshape(*leaf.shape[:-1], -1, experts)
+        return jnp.where(jnp.arange(experts) == number, columns, 0).reshape(leaf.shape)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        # The gradient is masked for the clipping by its norm, the update for weight decay.
+        updates, state = optimizer.update(jax.tree_util.tree_map_with_path(own, updates), state, params)
+        return jax.tree_util.tree_map_with_path(own, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)

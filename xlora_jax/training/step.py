@@ -177,6 +177,8 @@ def batch_loss(
         lora_rngs = [{"lora_dropout": key} for key in jax.random.split(rngs["lora_dropout"])]
 
     hidden = batch.get("scaling_hidden")
+    if xlora.arrow is not None:
+        return _arrow_loss(xlora, params, batch, inputs, loss_chunk)
     if hidden is None:
         hidden, _ = scaling_pass(xlora, params, rngs=lora_rngs[0], **inputs)
     hidden = hidden.astype(xlora.module.dtype)
@@ -211,6 +213,21 @@ def batch_loss(
         head, unflatten(learned), frozen, out.hidden_states, head_scalings, targets, loss_chunk
     )
     return total, extra, scalings
+
+
+def _arrow_loss(
+    xlora: XLora, params: Params, batch: Batch, inputs: Mapping[str, Any], loss_chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the results of :func:`batch_loss` for a model without a classifier, whose scalings are NaN."""
+    assert xlora.arrow is not None
+    out = real_pass(xlora, params, xlora.arrow, with_logits=False, **inputs)
+
+    def head(learned: Any, params: Any, hidden: jax.Array, scalings: jax.Array | None) -> jax.Array:
+        return unembed(xlora, params, hidden, xlora.arrow)
+
+    targets = next_token_targets(batch["labels"], batch.get("segment_ids"))
+    total = chunked_cross_entropy(head, {}, params, out.hidden_states, None, targets, loss_chunk)
+    return total, jnp.float32(0), jnp.full((*targets.shape, 1, xlora.num_experts), jnp.nan)
 
 
 def _count(batch: Batch) -> jax.Array:
@@ -265,6 +282,8 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
+    if xlora.router != "classifier":
+        raise ValueError(f"the router {xlora.router!r} has nothing to train: expected a model with a classifier")
 
     def loss_of(trainable: Params, frozen: Params, batch: Batch, rng: jax.Array, count: jax.Array) -> Any:
         dropout, lora_dropout = jax.random.split(rng)

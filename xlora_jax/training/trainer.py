@@ -30,6 +30,7 @@ from xlora_jax.training.data import Loader, Rows
 from xlora_jax.training.evaluation import evaluate
 from xlora_jax.training.fingerprint import differences, read_fingerprint, run_fingerprint, versions_differ
 from xlora_jax.training.metrics import MetricsWriter
+from xlora_jax.training.optimizers import only_expert
 from xlora_jax.training.preemption import Preemption
 from xlora_jax.training.run_lock import run_lock
 from xlora_jax.training.run_log import RunLog, progress_bar
@@ -155,6 +156,8 @@ class Trainer:
         self.mesh = mesh_of(config) if mesh is None else mesh
         self.own_optimizer = optimizer is not None
         self.optimizer = config.make_optimizer() if optimizer is None else optimizer
+        if config.only_expert is not None:
+            self.optimizer = self._only_expert(config.only_expert)
         self.xlora = dataclasses.replace(
             model.xlora,
             module=model.module.clone(remat=config.remat, attention=config.attention),
@@ -175,6 +178,14 @@ class Trainer:
         self.checkpoints: Checkpoints | None = None
         self._saved = 0
         self._place_and_compile()
+
+    def _only_expert(self, name: str) -> optax.GradientTransformation:
+        names, config = self.model.expert_names, self.model.config
+        if name not in names:
+            raise ValueError(f"only_expert: no expert {name!r}; the experts are {', '.join(names)}")
+        if config.use_trainable_adapters:
+            raise ValueError("only_expert trains the gate alone: expected use_trainable_adapters=False")
+        return only_expert(self.optimizer, config.xlora_depth, len(names), names.index(name))
 
     def _place_and_compile(self) -> None:
         """Put parameters and optimizer state on their devices, and make the compiled functions."""

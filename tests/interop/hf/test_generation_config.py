@@ -181,6 +181,10 @@ def test_command_line(files, tmp_path):
     chat = call("generate", *common, "-p", "w5 w6", "--chat", "--system", "w3", "--no-stream")
     ids = np.array([[11, 3, 10, 5, 6, 9]])
     assert chat.stdout.strip() == words(np.asarray(model.generate(ids, max_new_tokens=12))[0, 6:].tolist())
+    name = model.expert_names[1]
+    gated = call("generate", *common, "-p", "w5 w6 w7", "--gate", f"{name}=1.5")
+    constant = np.asarray(model.generate(np.array([[5, 6, 7]]), max_new_tokens=12, experts={name: 1.5}))[0, 3:].tolist()
+    assert gated.stdout.strip() == words(constant) != words(tokens)
     alone = call("generate", "--base", base_dir, "-p", "w5 w6 w7", "--max-new-tokens", 12, "--no-stream")
     base_tokens = np.asarray(load_base(base_dir).generate(np.array([[5, 6, 7]]), max_new_tokens=12))[0, 3:].tolist()
     assert alone.stdout.strip() == words(base_tokens) != words(tokens)
@@ -191,7 +195,9 @@ def test_command_line(files, tmp_path):
     [
         ((), "either --prompt or --prompts"),
         (("-p", "w1", "--system", "w2"), "--system needs --chat"),
-        (("-p", "w1", "--adapter", "a=b"), "--adapter needs --checkpoint"),
+        (("-p", "w1", "--adapter", "a=b"), "--adapter needs --checkpoint or --gate"),
+        (("-p", "w1", "--gate", "a=1"), "--gate needs --checkpoint or --adapter"),
+        (("-p", "w1", "--gate", "a=b"), "--gate: a: expected a number, got 'b'"),
         (("-p", "w1", "--checkpoint", "x", "--adapter", "a=b", "--adapter", "a=c"), "the name 'a' is given twice"),
         (("-p", "w1", "--checkpoint", "x", "--adapter", "b"), "--adapter: expected NAME=PATH, got 'b'"),
         (("-p", "w1", "--temperature", "0"), "temperature: expected > 0"),

@@ -116,7 +116,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="training mode"):
         converted(Net().train(), given)
     lora = Lora(np.zeros((6, 2)), np.zeros((2, 6)))
-    with pytest.raises(ValueError, match=r"expert 'one', layer 'unused' can't be adapted: a call of the model does not"):
+    with pytest.raises(ValueError, match=r"layer 'unused' can't be adapted: a call of the model does not reach it"):
         converted(Net().eval(), {"one": {"unused": lora}, "two": {}})
     with pytest.raises(ValueError, match=r"layer 'wide': expected a \[6, 'r'\] and b \['r', 10\]"):
         converted(Net().eval(), {"one": {"wide": lora}, "two": {}})
