@@ -59,6 +59,7 @@ def load_xlora(
     head: str | None = None,
     scan_layers: bool = True,
     place: Placer | None = None,
+    quantize: str | None = None,
     **hub_options: Any,
 ) -> XLoraModel:
     """Load an X-LoRA model: a base model, its experts, and a classifier, new or trained.
@@ -79,6 +80,7 @@ def load_xlora(
             else the base's own.
         scan_layers: see :func:`interop.load_base`.
         place: see :func:`interop.load_base`; it is called for the arrays of experts and classifier too.
+        quantize: ``int8``, ``int4`` or ``nf4`` for the base's kernels, see :func:`interop.load_base`.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
 
     Returns:
@@ -91,9 +93,22 @@ def load_xlora(
 
     def get_base(brought: Head | None) -> BaseModel:
         if not isinstance(base, BaseModel):
-            return load_base(base, dtype=dtype, scan_layers=scan_layers, place=place, head=brought, **hub_options)
+            return load_base(
+                base,
+                dtype=dtype,
+                scan_layers=scan_layers,
+                place=place,
+                head=brought,
+                quantize=quantize,
+                **hub_options,
+            )
         if dtype is not None and jnp.dtype(dtype) != jnp.dtype(base.module.dtype):
             raise ValueError(f"dtype {dtype} differs from that of the base model given, {base.module.dtype}")
+        if quantize not in (None, base.origin.quantized):
+            raise ValueError(
+                f"quantize {quantize!r}: the base model given is loaded already, as {base.origin.quantized}; give its "
+                f"directory or hub id instead, or load it with load_base(..., quantize={quantize!r})"
+            )
         if brought is not None and not brought.equals(base.origin.head):
             raise ValueError(
                 f"the base model given has not the classification head that {brought.owner} brings; give its directory "
@@ -215,6 +230,7 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         extras={"task_type": _TASK_TYPES[model.module.config.head], **origin.extras},
         head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
         num_labels=model.module.config.num_labels,
+        quantized=origin.base.quantized,
     )
 
 

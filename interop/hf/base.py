@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import resolve
 from interop.storage.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
 from xlora_jax import BaseModel
+from xlora_jax.layers import quantized
+from xlora_jax.layers.quantized import QuantizedKernel
 from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
@@ -45,7 +48,8 @@ __all__ = [
     "save_base",
 ]
 
-Placer = Callable[[TreePath, NDArray[Any]], jax.Array]
+# From a path and NumPy arrays (one, or those of a quantized kernel) to JAX arrays.
+Placer = Callable[[TreePath, Any], Any]
 
 _MAX_SHARD_BYTES = 5 * 10**9  # as in transformers
 _COMPANIONS = (
@@ -66,6 +70,8 @@ class BaseOrigin:
         family: model family.
         config: model's config as transformers reads it.
         head: classification head that replaces the base's own, or None.
+        quantized: name of the grid that the blocks' kernels are rounded to, such as ``nf4``; None for a base whose
+            weights are those of its files.
     """
 
     name_or_path: str
@@ -73,6 +79,7 @@ class BaseOrigin:
     family: Family
     config: Mapping[str, Any]
     head: Head | None = None
+    quantized: str | None = None
 
 
 def load_base(
@@ -82,6 +89,7 @@ def load_base(
     scan_layers: bool = True,
     place: Placer | None = None,
     head: Head | None = None,
+    quantize: str | None = None,
     **hub_options: Any,
 ) -> BaseModel:
     """Load an HF model: a causal language model or a classification model.
@@ -96,6 +104,9 @@ def load_base(
             such as :func:`xlora_jax.sharding.placer` of a mesh. None puts all parameters on the default device.
         head: classification head (see :func:`interop.peft.heads.choose_head`) that replaces the head in the base's
             files; None keeps the base's own.
+        quantize: ``int8`` (a scale per output), ``int4`` or ``nf4`` (a scale per 64 inputs), to store the kernels of
+            the blocks in that many bits; embeddings, heads, norms and biases stay as they are. Tensors are quantized
+            one by one as they are read. None keeps the kernels in ``dtype``.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
@@ -104,9 +115,13 @@ def load_base(
     Raises:
         FormatError: a file is broken, a tensor is missing, unexpected or of the wrong shape, or a config field has a
             value that is not implemented.
+        ValueError: ``dtype`` or ``quantize`` has another value.
     """
+    if quantize not in (None, *quantized.KINDS):
+        raise ValueError(f"quantize: expected None or one of {', '.join(quantized.KINDS)}, got {quantize!r}")
     directory = resolve(base, **hub_options)
     module, origin = _declare(base, directory, dtype, scan_layers, head)
+    origin = dataclasses.replace(origin, quantized=quantize)
     module, tensors = _as_stored(module, origin, open_tensors(directory))
     place = place or put_on_default_device
     params = read_params(module, origin, tensors, np.dtype(module.param_dtype), place)
@@ -220,12 +235,13 @@ def blank_head(base: str | Path, **hub_options: Any) -> Head:
     return Head(str(base), "SEQ_CLS", tensors)
 
 
-def put_on_default_device(path: TreePath, leaf: NDArray[Any]) -> jax.Array:
+def put_on_default_device(path: TreePath, leaf: Any) -> Any:
     """Put a parameter on the default device."""
-    return jnp.asarray(leaf)
+    # Of the aligned arrays of a quantized kernel, device_put makes no copy on CPUs.
+    return jax.tree.map(jax.device_put, leaf) if isinstance(leaf, QuantizedKernel) else jnp.asarray(leaf)
 
 
-def leave_in_memory(path: TreePath, leaf: NDArray[Any]) -> Any:
+def leave_in_memory(path: TreePath, leaf: Any) -> Any:
     """Return a parameter as it is, for a model that is only checked or written, and never run."""
     return leaf
 
@@ -239,12 +255,50 @@ def read_params(
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time, with at most one more stacked leaf in memory."""
     wanted = _checked(module, origin, tensors)
-    params: dict[TreePath, jax.Array] = {}
+    params: dict[TreePath, Any] = {}
+    kept: list[str] = []
     # The largest leaf comes first: its reading takes the most extra memory, and the model takes the least then.
     for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
+        leaf: Any = None
+        if origin.quantized is not None and _is_quantizable(path, module):
+            leaf = _quantize(shape, sources, tensors, origin.quantized)
+            kept += [] if leaf is not None else ["/".join(path)]
+        if leaf is None:
+            leaf = _fill(shape, sources, tensors, dtype)
         # Placing is asynchronous: without waiting, the buffers of several leaves would be in memory together.
-        params[path] = jax.block_until_ready(place(("base", *path), _fill(shape, sources, tensors, dtype)))
+        params[path] = jax.block_until_ready(place(("base", *path), leaf))
+        del leaf
+    if kept:
+        warnings.warn(
+            f"{origin.directory}: quantize={origin.quantized!r}: the inputs of {listed(kept)} can't be divided into "
+            f"groups of at least 8; these kernels stay in {dtype}.",
+            UserWarning,
+            stacklevel=3,
+        )
     return unflatten(params)
+
+
+def _is_quantizable(path: TreePath, module: Transformer) -> bool:
+    """Return whether a leaf is the kernel of a projection in a block. A router decides, and is small."""
+    in_block = path[0].startswith("layers_") or path[0] in {group.name for group in module.config.groups}
+    return in_block and path[-1] == "kernel" and path[-2] != "router"
+
+
+def _quantize(
+    shape: tuple[int, ...], sources: Sequence[_Source], tensors: Mapping[str, LazyTensor], kind: str
+) -> QuantizedKernel | None:
+    """Read one kernel and quantize it, tensor by tensor; None if its inputs can't be divided into groups."""
+    group = quantized.group_size(shape[-2], kind)
+    if group is None:
+        return None
+    kernel = quantized.empty(shape, kind, group)
+    for source in sources:
+        tensor = tensors[source.tensor]
+        value = require_finite(tensor.read(), tensor.name, tensor.file)
+        own = jax.tree.map(operator.itemgetter(source.member), kernel)
+        quantized.quantize(np.transpose(value, source.order) if source.order else value, kind, own)
+        del value  # else it would stay in memory while the next one is read
+    return kernel
 
 
 def _fill(
@@ -273,8 +327,15 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
 
     Raises:
         FileExistsError: the directory holds files that this function does not write.
+        FormatError: the model is quantized.
     """
     origin: BaseOrigin = model.origin
+    if origin.quantized is not None:
+        raise FormatError(
+            f"save_base: this base is quantized ({origin.quantized}), so its kernels are no longer those of "
+            f"{origin.name_or_path}, and no HF file holds this form. Load it without quantize=, or take "
+            f"{origin.name_or_path} itself. An X-LoRA model is saved by save_xlora, which writes no base."
+        )
     with replacing(directory, owned=_OWNED) as folder:
         config = read_json(origin.directory / "config.json")
         config.pop("torch_dtype", None)
@@ -304,7 +365,8 @@ def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
         return np.transpose(value, np.argsort(source.order)) if source.order else value
 
     for path, (shape, sources) in _sources(cast(Transformer, model.module), origin.family).items():
-        for source in sources:
+        # A quantized kernel has no form in files; `save_base` refuses it, and a head is never quantized.
+        for source in () if isinstance(leaves[path], QuantizedKernel) else sources:
             own = shape[len(source.member) :]
             tensors[source.tensor] = LazyTensor(
                 source.tensor,
