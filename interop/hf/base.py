@@ -22,6 +22,8 @@ from interop.hf.config import read_config
 from interop.hf.families.registry import classifying, decoder_config
 from interop.hf.families.table import LEAVES, Family, abstract_params
 from interop.hf.head import Head
+from interop.hf.quantized.grid import QuantizedTensor, common_grid, fill
+from interop.hf.quantized.readers import open_weights
 from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json, write_json
@@ -51,6 +53,7 @@ __all__ = [
 # From a path and NumPy arrays (one, or those of a quantized kernel) to JAX arrays.
 Placer = Callable[[TreePath, Any], Any]
 
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _MAX_SHARD_BYTES = 5 * 10**9  # as in transformers
 _COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
@@ -70,8 +73,8 @@ class BaseOrigin:
         family: model family.
         config: model's config as transformers reads it.
         head: classification head that replaces the base's own, or None.
-        quantized: name of the grid that the blocks' kernels are rounded to, such as ``nf4``; None for a base whose
-            weights are those of its files.
+        quantized: grid that the blocks' kernels were rounded to by this library, such as ``nf4``, or the name of the
+            method that quantized the files, such as ``bitsandbytes``; None for a base that is not quantized.
     """
 
     name_or_path: str
@@ -121,8 +124,14 @@ def load_base(
         raise ValueError(f"quantize: expected None or one of {', '.join(quantized.KINDS)}, got {quantize!r}")
     directory = resolve(base, **hub_options)
     module, origin = _declare(base, directory, dtype, scan_layers, head)
-    origin = dataclasses.replace(origin, quantized=quantize)
-    module, tensors = _as_stored(module, origin, open_tensors(directory))
+    stored, method = open_weights(directory)
+    if method is not None and quantize is not None:
+        raise ValueError(
+            f"quantize: {base} is quantized already, by {method}: leave out quantize={quantize!r}, or give the model "
+            f"that it was made from"
+        )
+    origin = dataclasses.replace(origin, quantized=method or quantize)
+    module, tensors = _as_stored(module, origin, stored)
     place = place or put_on_default_device
     params = read_params(module, origin, tensors, np.dtype(module.param_dtype), place)
     return BaseModel(module, params, origin)
@@ -202,11 +211,13 @@ def open_base(
     def absent() -> NDArray[Any]:
         raise FileNotFoundError(f"{base}: its weights are needed for this, and not downloaded: `hf download {base}`.")
 
-    if not is_local and not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+    if not is_local and not any(file for ending in _WEIGHTS for file in directory.glob(ending)):
         shapes = flatten(abstract_params(module))
         unread = {path: UnreadLeaf(leaf.shape, np.dtype(leaf.dtype), absent) for path, leaf in shapes.items()}
         return BaseModel(module, unflatten(unread), origin)
-    module, tensors = _as_stored(module, origin, open_tensors(directory))
+    stored, method = open_weights(directory)
+    origin = dataclasses.replace(origin, quantized=method)
+    module, tensors = _as_stored(module, origin, stored)
     wanted = _checked(module, origin, tensors)
     dtype = np.dtype(module.param_dtype)
     unread = {
@@ -256,22 +267,24 @@ def read_params(
     """Read the parameters of ``module``, one leaf at a time, with at most one more stacked leaf in memory."""
     wanted = _checked(module, origin, tensors)
     params: dict[TreePath, Any] = {}
-    kept: list[str] = []
+    in_float: list[str] = []
     # The largest leaf comes first: its reading takes the most extra memory, and the model takes the least then.
     for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
         leaf: Any = None
         if origin.quantized is not None and _is_quantizable(path, module):
-            leaf = _quantize(shape, sources, tensors, origin.quantized)
-            kept += [] if leaf is not None else ["/".join(path)]
+            leaf = _quantized(shape, sources, tensors, origin.quantized)
+            in_float += ["/".join(path)] if leaf is None else []
+        elif any(isinstance(tensors[source.tensor], QuantizedTensor) for source in sources):
+            in_float.append("/".join(path))
         if leaf is None:
             leaf = _fill(shape, sources, tensors, dtype)
         # Placing is asynchronous: without waiting, the buffers of several leaves would be in memory together.
         params[path] = jax.block_until_ready(place(("base", *path), leaf))
         del leaf
-    if kept:
+    if in_float:
         warnings.warn(
-            f"{origin.directory}: quantize={origin.quantized!r}: the inputs of {listed(kept)} can't be divided into "
-            f"groups of at least 8; these kernels stay in {dtype}.",
+            f"{origin.directory}: of this base, quantized as {origin.quantized}, {listed(in_float)} are held in "
+            f"{dtype}: embeddings and heads always are, and kernels whose values fit no grid in 8 or 4 bits here.",
             UserWarning,
             stacklevel=3,
         )
@@ -284,19 +297,33 @@ def _is_quantizable(path: TreePath, module: Transformer) -> bool:
     return in_block and path[-1] == "kernel" and path[-2] != "router"
 
 
-def _quantize(
-    shape: tuple[int, ...], sources: Sequence[_Source], tensors: Mapping[str, LazyTensor], kind: str
+def _quantized(
+    shape: tuple[int, ...], sources: Sequence[_Source], tensors: Mapping[str, LazyTensor], quantization: str
 ) -> QuantizedKernel | None:
-    """Read one kernel and quantize it, tensor by tensor; None if its inputs can't be divided into groups."""
-    group = quantized.group_size(shape[-2], kind)
+    """Read one kernel, tensor by tensor: quantized as in its files, or here.
+
+    Returns:
+        The kernel in NumPy arrays, or None if no grid fits it.
+    """
+    if quantization not in quantized.KINDS:
+        grid = common_grid([tensors[source.tensor] for source in sources])
+        if grid is None or sources[0].order != (1, 0):
+            return None
+        kernel = quantized.empty(shape, grid.kind, grid.group, offsets=grid.offsets)
+        for source in sources:
+            stored = tensors[source.tensor]
+            assert isinstance(stored, QuantizedTensor)
+            fill(stored, grid, jax.tree.map(operator.itemgetter(source.member), kernel))
+        return kernel
+    group = quantized.group_size(shape[-2], quantization)
     if group is None:
         return None
-    kernel = quantized.empty(shape, kind, group)
+    kernel = quantized.empty(shape, quantization, group)
     for source in sources:
         tensor = tensors[source.tensor]
         value = require_finite(tensor.read(), tensor.name, tensor.file)
         own = jax.tree.map(operator.itemgetter(source.member), kernel)
-        quantized.quantize(np.transpose(value, source.order) if source.order else value, kind, own)
+        quantized.quantize(np.transpose(value, source.order) if source.order else value, quantization, own)
         del value  # else it would stay in memory while the next one is read
     return kernel
 
@@ -332,9 +359,9 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
     origin: BaseOrigin = model.origin
     if origin.quantized is not None:
         raise FormatError(
-            f"save_base: this base is quantized ({origin.quantized}), so its kernels are no longer those of "
-            f"{origin.name_or_path}, and no HF file holds this form. Load it without quantize=, or take "
-            f"{origin.name_or_path} itself. An X-LoRA model is saved by save_xlora, which writes no base."
+            f"save_base: this base is quantized ({origin.quantized}), and its kernels are not written in this form. "
+            f"Copy {origin.name_or_path} itself, or load it without quantize=. An X-LoRA model is saved by save_xlora, "
+            f"which writes no base."
         )
     with replacing(directory, owned=_OWNED) as folder:
         config = read_json(origin.directory / "config.json")

@@ -29,7 +29,18 @@ from numpy.typing import NDArray
 from xlora_jax.backend import target_backend
 from xlora_jax.layers import matmul as products
 
-__all__ = ["KINDS", "QuantizedKernel", "dequantize", "empty", "group_size", "matmul", "pack", "quantize", "ragged_dot"]
+__all__ = [
+    "KINDS",
+    "LEVELS",
+    "QuantizedKernel",
+    "dequantize",
+    "empty",
+    "group_size",
+    "matmul",
+    "pack",
+    "quantize",
+    "ragged_dot",
+]
 
 # For each kind, the number of inputs that share a scale in our own quantization; None: all.
 KINDS: dict[str, int | None] = {"int8": None, "int4": 64, "nf4": 64}
@@ -46,7 +57,7 @@ _NF4 = np.array(
     np.float32,
 )
 _NF4_BOUNDS = (_NF4[1:] + _NF4[:-1]) / 2
-_LEVELS = {"int4": np.arange(-8, 8, dtype=np.float32), "nf4": _NF4}
+LEVELS = {"int4": np.arange(-8, 8, dtype=np.float32), "nf4": _NF4}
 # Number of weights that are quantized at a time; their float32 copies fit into a processor's cache.
 _CHUNK = 2**18
 # Number of rows up to which a grouped product is cheaper than the kernel's floating-point copy.
@@ -188,7 +199,7 @@ def _grouped(kernel: QuantizedKernel, dtype: jax.typing.DTypeLike = jnp.float32)
     codes = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
     if kernel.kind == "int4":
         return codes.astype(dtype) - (8 if kernel.offsets is None else 0)
-    return jnp.take(jnp.asarray(_LEVELS["nf4"], dtype), codes.astype(jnp.int32), axis=0, mode="clip")
+    return jnp.take(jnp.asarray(LEVELS["nf4"], dtype), codes.astype(jnp.int32), axis=0, mode="clip")
 
 
 @jax.custom_vjp

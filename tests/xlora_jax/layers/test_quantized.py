@@ -45,7 +45,7 @@ def test_every_weight_gets_the_nearest_level_of_its_group(kind):
     group = 192 if kind == "int8" else 64
     assert kernel.scales.shape == (192 // group, weight.shape[1])
     assert kernel.codes.nbytes == weight.size // (1 if kind == "int8" else 2)
-    levels = np.arange(-127, 128) if kind == "int8" else quantized._LEVELS[kind]
+    levels = np.arange(-127, 128) if kind == "int8" else quantized.LEVELS[kind]
     some = np.linspace(0, weight.shape[1] - 1, 25).astype(int)
     grid = np.repeat(kernel.scales[:, some], group, axis=0)[..., None] * levels
     nearest = np.abs(grid - weight[:, some, None]).min(axis=-1)
