@@ -153,9 +153,17 @@ def open_xlora(
     Raises:
         FormatError: :func:`load_xlora` would refuse it, for other reasons than the values of the base's weights.
     """
+    trained = read_xlora(resolve(checkpoint))
+
+    def opened(head: Head | None) -> BaseModel:
+        model = open_base(base, dtype=dtype, head=head)
+        # Without the base's weights, the gate is still the one that was trained on them in that form.
+        quantized = model.origin.quantized or trained.extras["quantized"]
+        return dataclasses.replace(model, origin=dataclasses.replace(model.origin, quantized=quantized))
+
     return _put_together(
-        lambda head: open_base(base, dtype=dtype, head=head),
-        read_xlora(resolve(checkpoint)),
+        opened,
+        trained,
         adapters,
         None,
         expert_dtype=np.dtype(np.float32),

@@ -95,6 +95,8 @@ def write_xlora(
     }
     if task_type in UNHELD_TASKS:
         ordering["task_type"] = task_type
+    if quantized is not None:
+        ordering["quantized"] = quantized
     with replacing(target, owned=_owned(target)) as partial:
         write_json(partial / ORDERING_FILE, ordering)
         labels = num_labels if head else None

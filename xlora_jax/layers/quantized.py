@@ -134,7 +134,7 @@ def pack(codes: NDArray[Any], group: int) -> NDArray[np.uint8]:
     """Pack 4-bit codes ``[D, F]``, each 0 to 15, into uint8 ``[D/2, F]``; see :class:`QuantizedKernel`."""
     depth, width = codes.shape
     halves = codes.astype(np.uint8).reshape(depth // group, 2, group // 2, width)
-    packed: NDArray[np.uint8] = halves[:, 0] | halves[:, 1] << 4
+    packed: NDArray[np.uint8] = halves[:, 0] | halves[:, 1] << np.uint8(4)
     return packed.reshape(depth // 2, width)
 
 
@@ -184,7 +184,7 @@ def _nearest(values: NDArray[np.float32], kind: str) -> tuple[NDArray[np.float32
 
 def dequantize(kernel: QuantizedKernel, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Return the values ``[..., D, F]``, computed in float32 and rounded to ``dtype``."""
-    values = _grouped(kernel) * kernel.scales[..., None, :]
+    values: jax.Array = _grouped(kernel) * kernel.scales[..., None, :]
     if kernel.offsets is not None:
         values = values + kernel.offsets[..., None, :]
     return values.reshape(kernel.shape).astype(dtype)
@@ -217,7 +217,7 @@ def matmul(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     if _one_scale(kernel):
         # Behind the product, the scale costs one multiplication per output, and a GPU reads int8 only.
         y = products.dot_general(x, kernel.codes.astype(x.dtype), contract, preferred_element_type=accumulate)
-        return (y * kernel.scales[0]).astype(x.dtype)
+        return jnp.asarray(y * kernel.scales[0], x.dtype)
     rows = math.prod(x.shape[:-1])
     if kernel.kind != "nf4" and rows <= _FEW_ROWS and target_backend() != "cpu":
         return _by_group(x, kernel, accumulate).astype(x.dtype)
@@ -230,10 +230,10 @@ def _by_group(x: jax.Array, kernel: QuantizedKernel, accumulate: jax.typing.DTyp
     groups = kernel.scales.shape[-2]
     parts = x.reshape(*x.shape[:-1], groups, -1)
     y = jnp.einsum("...gd,gdf->...gf", parts, _grouped(kernel, x.dtype), preferred_element_type=accumulate)
-    y = y * kernel.scales
+    y *= kernel.scales
     if kernel.offsets is not None:
-        y = y + parts.astype(accumulate).sum(axis=-1)[..., None] * kernel.offsets
-    return y.sum(axis=-2)
+        y += parts.astype(accumulate).sum(axis=-1)[..., None] * kernel.offsets
+    return jnp.asarray(y.sum(axis=-2))
 
 
 def _one_scale(kernel: QuantizedKernel) -> bool:

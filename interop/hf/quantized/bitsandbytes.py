@@ -65,8 +65,12 @@ def _four_bits(name: str, parts: Mapping[str, LazyTensor], state_name: str) -> L
     if nested:
         needed += [f"{name}.nested_absmax", f"{name}.nested_quant_map"]
     missing = [part for part in (name, *needed) if part not in parts]
-    is_matrix = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
-    if missing or not is_matrix or type(block) is not int or block < 1:
+    if (
+        missing
+        or not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape))
+        or type(block) is not int
+        or block < 1
+    ):
         raise FormatError(
             f"{file}: {state_name!r}: expected the state of a quantized matrix with blocksize, shape and the tensors "
             f"{', '.join(needed)}; got {brief(state)}, missing {', '.join(missing) or 'none'}."

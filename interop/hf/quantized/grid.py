@@ -53,7 +53,8 @@ class Codes:
     def levels(self, kind: str) -> NDArray[np.float32]:
         """Return the codes' levels ``[F, D]``."""
         if kind == "nf4":
-            return LEVELS["nf4"][self.codes]
+            levels: NDArray[np.float32] = LEVELS["nf4"][self.codes]
+            return levels
         return self.codes.astype(np.float32) - np.float32(8 if kind == "int4" and self.offsets is None else 0)
 
 

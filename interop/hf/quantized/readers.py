@@ -87,8 +87,8 @@ def open_weights(directory: Path) -> tuple[dict[str, LazyTensor], str | None]:
     decoded = _READERS[method](tensors, _settings(content), str(config_file))
     if decoded == tensors:
         raise FormatError(
-            f"{config_file}: field 'quantization_config' says {method}, but no tensor beside it is quantized so. Put the "
-            f"quantized weights there, or remove the field if the weights are to be used as they are."
+            f"{config_file}: field 'quantization_config' says {method}, but no tensor beside it is quantized so. Put "
+            f"the quantized weights there, or remove the field if the weights are to be used as they are."
         )
     return decoded, method
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from interop import load_base, save_base
 from interop.hf.quantized.gguf import _CODES, _tensor
+from interop.inspection import inspect_path
 from interop.storage.errors import FormatError
 from tests.helpers.reference import prompt, torch_base
 from xlora_jax.layers.quantized import QuantizedKernel, dequantize
@@ -318,6 +319,9 @@ def test_gguf(source, tmp_path):
     kinds = {"gate_proj": "int4", "up_proj": "int4", "q_proj": "int4", "k_proj": "int4", "v_proj": "int4"}
     assert assert_has_values(model, plain) == {**kinds, "down_proj": "int8"}
     assert "embed_tokens/embedding" in told
+    facts = inspect_path(directory).facts
+    assert facts["quantized by"] == "GGUF"
+    assert {"int4", "int8", "float32"} <= set(facts["dtype"].split(", "))
     inputs = prompt(2, 9)
     ours, theirs = model(**inputs).logits, load_base(plain)(**inputs).logits
     assert float(jnp.abs(ours - theirs).max()) < 1e-5 * float(jnp.abs(theirs).max())
