@@ -20,6 +20,8 @@ from interop.hf.base import blank_head, open_base
 from interop.hf.config import BASE_CONFIG_FILE
 from interop.hf.families.fields import NoHeadError
 from interop.hf.families.table import ADAPTABLE
+from interop.hf.quantized.grid import QuantizedTensor
+from interop.hf.quantized.readers import open_weights
 from interop.hf.torch_base import TorchFamily
 from interop.model import experts_of, open_xlora
 from interop.peft.adapter import LoraAdapter, load_lora
@@ -28,7 +30,6 @@ from interop.peft.heads import head_of
 from interop.storage.errors import FormatError, listed
 from interop.storage.files import file_in, read_json
 from interop.storage.hub import resolve, weights_file
-from interop.storage.tensors import open_tensors
 from xlora_jax.trees import flatten
 
 __all__ = ["Inspection", "inspect_path"]
@@ -126,8 +127,12 @@ def _look_at_base(found: Inspection) -> None:
     found.facts["backend"] = "torchax (PyTorch code)" if isinstance(family, TorchFamily) else "flax"
     found.facts["parameters"] = f"{count:,}"
     try:
-        tensors = open_tensors(model.origin.directory).values()
-        found.facts["dtype"] = _listed(str(tensor.dtype) for tensor in tensors)
+        tensors = open_weights(model.origin.directory)[0].values()
+        if model.origin.quantized is not None:
+            found.facts["quantized by"] = model.origin.quantized
+        found.facts["dtype"] = _listed(
+            tensor.grid.kind if isinstance(tensor, QuantizedTensor) else str(tensor.dtype) for tensor in tensors
+        )
         found.facts["files"] = _listed(tensor.file.name for tensor in tensors)
     except FileNotFoundError:  # a hub id; a directory without weights is refused above
         found.facts["dtype"] = f"{model.origin.config.get('dtype')}, by config.json; the weights are not downloaded"

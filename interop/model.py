@@ -71,6 +71,7 @@ def load_xlora(
     place: Placer | None = None,
     backend: str = "auto",
     router: str = "classifier",
+    quantize: str | None = None,
     **hub_options: Any,
 ) -> XLoraModel:
     """Load an X-LoRA model: a base model, its experts, and a classifier, new or trained.
@@ -95,6 +96,7 @@ def load_xlora(
         router: ``classifier``, or ``arrow``: each layer computes its gates from its own input and the experts'
             directions, and there is nothing to train. Of ``config``, ``top_k_lora``, ``softmax_temperature`` and
             ``global_scaling_weight`` apply.
+        quantize: ``int8``, ``int4`` or ``nf4`` for the base's kernels, see :func:`interop.load_base`.
         **hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for hub ids.
 
     Returns:
@@ -108,10 +110,22 @@ def load_xlora(
     def get_base(brought: Head | None) -> BaseModel:
         if not isinstance(base, BaseModel):
             return load_base(
-                base, dtype=dtype, scan_layers=scan_layers, place=place, head=brought, backend=backend, **hub_options
+                base,
+                dtype=dtype,
+                scan_layers=scan_layers,
+                place=place,
+                head=brought,
+                backend=backend,
+                quantize=quantize,
+                **hub_options,
             )
         if dtype is not None and jnp.dtype(dtype) != jnp.dtype(base.module.dtype):
             raise ValueError(f"dtype {dtype} differs from that of the base model given, {base.module.dtype}")
+        if quantize not in (None, base.origin.quantized):
+            raise ValueError(
+                f"quantize {quantize!r}: the base model given is loaded already, as {base.origin.quantized}; give its "
+                f"directory or hub id instead, or load it with load_base(..., quantize={quantize!r})"
+            )
         if brought is not None and not brought.equals(base.origin.head):
             raise ValueError(
                 f"the base model given has not the classification head that {brought.owner} brings; give its directory "
@@ -161,9 +175,17 @@ def open_xlora(
     Raises:
         FormatError: :func:`load_xlora` would refuse it, for other reasons than the values of the base's weights.
     """
+    trained = read_xlora(resolve(checkpoint))
+
+    def opened(head: Head | None) -> BaseModel:
+        model = open_base(base, dtype=dtype, head=head)
+        # Without the base's weights, the gate is still the one that was trained on them in that form.
+        quantized = model.origin.quantized or trained.extras["quantized"]
+        return dataclasses.replace(model, origin=dataclasses.replace(model.origin, quantized=quantized))
+
     return _put_together(
-        lambda head: open_base(base, dtype=dtype, head=head),
-        read_xlora(resolve(checkpoint)),
+        opened,
+        trained,
         adapters,
         None,
         expert_dtype=np.dtype(np.float32),
@@ -254,6 +276,7 @@ def save_xlora(model: XLoraModel, directory: str | Path, layout: str = "peft") -
         extras={"task_type": TASK_TYPES.get(model.module.config.head), **origin.extras},
         head=head_tensors(BaseModel(model.module, model.params["base"], origin.base)),
         num_labels=model.module.config.num_labels,
+        quantized=origin.base.quantized,
     )
 
 

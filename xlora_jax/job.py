@@ -38,6 +38,7 @@ class Job:
         length: number of tokens per row.
         pack: whether to put several documents into a row.
         dtype: dtype of the base model and the computation; None takes the one in config.json.
+        quantize: ``int8``, ``int4`` or ``nf4`` to keep the base's kernels in fewer bits; None keeps them in ``dtype``.
         expert_dtype: dtype of the experts.
         layout: layout of ``output/model``: ``peft``, ``xlora`` or ``mistralrs``.
         skip_bad_records: number of bad records to leave out, of all data together; the next one is an error.
@@ -54,6 +55,7 @@ class Job:
     length: int = 1024
     pack: bool = True
     dtype: str | None = None
+    quantize: str | None = None
     expert_dtype: str = "float32"
     layout: str = "peft"
     skip_bad_records: int = 0
@@ -110,7 +112,12 @@ def _run_locked(job: Job, rows: Rows, held_out: Mapping[str, Rows], show_progres
     output = Path(job.output)
     mesh = mesh_of(job.train)
     place = None if mesh is None else placer(mesh)
-    options: dict[str, Any] = {"dtype": job.dtype, "expert_dtype": job.expert_dtype, "seed": job.train.seed}
+    options: dict[str, Any] = {
+        "dtype": job.dtype,
+        "quantize": job.quantize,
+        "expert_dtype": job.expert_dtype,
+        "seed": job.train.seed,
+    }
     if job.checkpoint is not None:
         if job.xlora:
             raise ValueError(

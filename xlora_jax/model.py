@@ -423,11 +423,14 @@ def _unstack(tree: Params, groups: Mapping[str, Sequence[str]], donate: bool) ->
         if path[0] not in groups:
             taken[path] = leaf
             continue
-        members = [leaf[i].block_until_ready() for i in range(len(groups[path[0]]))]
+        members = [
+            jax.block_until_ready(jax.tree.map(lambda array, i=i: array[i], leaf)) for i in range(len(groups[path[0]]))
+        ]
         for name, member in zip(groups[path[0]], members, strict=True):
             taken[(name, *path[1:])] = member
         if donate:
-            leaf.delete()
+            for array in jax.tree.leaves(leaf):
+                array.delete()
     return unflatten(taken)
 
 

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -166,8 +167,12 @@ def spec_of(path: Path, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) 
 def param_shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
     """Return the tree of shardings for a tree of arrays or of shapes, after :func:`check_rules`."""
     check_rules(rules, params)
-    flat = flatten(params)
-    return unflatten({p: NamedSharding(mesh, spec_of(p, leaf.shape, mesh, rules)) for p, leaf in flat.items()})
+
+    def sharding(path: Path, leaf: Any) -> Any:
+        # The arrays of a quantized kernel have its axes, some of them shorter.
+        return jax.tree.map(lambda array: NamedSharding(mesh, spec_of(path, array.shape, mesh, rules)), leaf)
+
+    return unflatten({path: sharding(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def shard_params(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
@@ -177,14 +182,17 @@ def shard_params(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) ->
     return unflatten({path: place(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def placer(mesh: Mesh, rules: Rules = RULES) -> Callable[[Path, Any], jax.Array]:
+def placer(mesh: Mesh, rules: Rules = RULES) -> Callable[[Path, Any], Any]:
     """Return a function that puts one leaf onto the mesh, for loading parameters straight into their shards.
 
     The function takes the leaf's path, which begins with ``base``, ``experts`` or ``classifier``, and the leaf as a
-    NumPy or JAX array. Of a NumPy array, each device gets its own part only.
+    NumPy or JAX array, or a quantized kernel of such arrays. Of a NumPy array, each device gets its own part only.
     """
 
-    def place(path: Path, leaf: Any) -> jax.Array:
+    def place(path: Path, leaf: Any) -> Any:
+        return jax.tree.map(partial(place_array, path), leaf)
+
+    def place_array(path: Path, leaf: Any) -> jax.Array:
         sharding = NamedSharding(mesh, spec_of(path, leaf.shape, mesh, rules))
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             return leaf

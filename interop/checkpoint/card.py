@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from interop.peft.adapter import LoraAdapter
 from interop.storage.hub import is_hub_id
 from xlora_jax.config import XLoraConfig
+from xlora_jax.layers.quantized import KINDS
 
 __all__ = ["model_card"]
 
@@ -28,7 +29,7 @@ _HERE = """\
 ```python
 from interop import load_xlora
 
-model = load_xlora({base}, checkpoint="DIR")
+model = load_xlora({base}, checkpoint="DIR"{quantize})
 ```
 """
 
@@ -101,6 +102,7 @@ def model_card(
     layer_count: int,
     task_type: str | None = "CAUSAL_LM",
     labels: int | None = None,
+    quantized: str | None = None,
 ) -> str:
     """Return a README.md with base model, experts, settings, and code that loads the checkpoint here and elsewhere.
 
@@ -112,6 +114,7 @@ def model_card(
         layer_count: number of adapted layers.
         task_type: PEFT's task type.
         labels: number of classes of a head that is in the checkpoint, not in the base; None for no such head.
+        quantized: grid of the base's kernels beside the saved classifier, such as ``nf4``; None for floating point.
     """
     base = _literal(base_model)
     front = ["library_name: peft", "tags: [lora, x-lora, mixture-of-experts]"]
@@ -145,6 +148,7 @@ def model_card(
         f"weighs the experts in {layer_count} adapted layers ([X-LoRA](https://arxiv.org/abs/2402.07148)). Written by "
         "xlora-jax.",
         "",
+        *_quantization(quantized),
         "## Experts",
         "",
         "| number | name | rank | layers | trained on |",
@@ -163,7 +167,7 @@ def model_card(
         "",
         "### xlora-jax",
         "",
-        _HERE.format(base=base),
+        _HERE.format(base=base, quantize=f', quantize="{quantized}"' if quantized in KINDS else ""),
     ]
     for kind, (title, text) in loading.items():
         lines += [
@@ -172,6 +176,16 @@ def model_card(
             text if kind == layout else _ELSEWHERE.format(base=_shell_word(base_model), layout=kind),
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _quantization(quantized: str | None) -> list[str]:
+    if quantized is None:
+        return []
+    return [
+        f"The gate was trained or saved on this base with quantized kernels ({_as_text(quantized)}). On the base in",
+        "floating point, its inputs and so its weights of the experts differ a little.",
+        "",
+    ]
 
 
 def _row(number: int, adapter: LoraAdapter) -> str:

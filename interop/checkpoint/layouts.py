@@ -69,7 +69,8 @@ class XLoraCheckpoint:
         adapters: expert name to directory or hub id, in the order of the classifier's outputs; None for an expert that
             was not found.
         layer_names: adapted layers in the order of their numbers; None if the checkpoint doesn't store them.
-        extras: other settings: `task_type`, `base_model_name_or_path`, `peft_version`, ...
+        extras: other settings: `task_type`, `base_model_name_or_path`, `peft_version`, ...; `quantized`, the
+            quantization of the base that the gate was saved on, or None.
         head: tensors of the classification head, by Hugging Face name and in torch's layout; empty if the base's own
             head is used.
     """
@@ -132,11 +133,19 @@ UNHELD_TASKS = ("TOKEN_CLS",)
 
 @dataclass(frozen=True)
 class Ordering:
-    """The contents of an ordering file: expert names, adapted layers by number, PEFT's task type; None if absent."""
+    """The contents of an ordering file; None if absent.
+
+    Attributes:
+        names: expert names.
+        layers: adapted layers by number.
+        task_type: PEFT's task type.
+        quantized: quantization of the base that the gate was saved on.
+    """
 
     names: Sequence[str] | None = None
     layers: Sequence[str] | None = None
     task_type: str | None = None
+    quantized: str | None = None
 
 
 def read_ordering(directory: Path) -> Ordering:
@@ -161,4 +170,7 @@ def read_ordering(directory: Path) -> Ordering:
     task_type = content.get("task_type")
     if task_type not in (None, *UNHELD_TASKS):
         raise FormatError(f"{path}: task_type should be one of {listed(UNHELD_TASKS)}, got {brief(task_type)}.")
-    return Ordering(names, layers, task_type)
+    quantized = content.get("quantized")
+    if quantized is not None and not isinstance(quantized, str):
+        raise FormatError(f"{path}: quantized should name a quantization of the base, got {brief(quantized)}.")
+    return Ordering(names, layers, task_type, quantized)

@@ -114,6 +114,7 @@ def _read_peft(directory: Path, config_path: Path, ordering: Ordering) -> XLoraC
     fields, extras = _split(content, _PEFT_EXTRAS, config_path)
     if ordering.task_type is not None:
         extras["task_type"] = ordering.task_type
+    extras["quantized"] = ordering.quantized
     paths = fields.get("adapters") or {}
     if not isinstance(paths, dict) or not all(isinstance(path, str) for path in paths.values()):
         raise FormatError(f"{config_path}: adapters should be an object of name to path, got {brief(paths)}.")
@@ -223,6 +224,7 @@ def _read_original(directory: Path, config_path: Path, ordering: Ordering) -> XL
     flat = config.xlora_depth <= 2 and any(str(place).endswith(".safetensors") for place in adapters.values())
     layout: Layout = "mistralrs" if consecutive or flat else "xlora"
     classifier = _read_classifier(tensors, layout, config, len(adapters), ordering.layers, directory)
+    extras["quantized"] = ordering.quantized
     return XLoraCheckpoint(directory, layout, config, classifier, adapters, ordering.layers, extras)
 
 

@@ -59,6 +59,7 @@ def write_xlora(
     extras: Mapping[str, Any] | None = None,
     head: Mapping[str, NDArray[Any]] | None = None,
     num_labels: int | None = None,
+    quantized: str | None = None,
 ) -> None:
     """Write a self-contained checkpoint: settings, classifier, experts, their names, a model card.
 
@@ -74,6 +75,7 @@ def write_xlora(
         head: tensors of a classification head that is not the base's own, by Hugging Face name and in torch's layout.
             The experts are written without heads, because PEFT's X-LoRA can't load adapters with heads.
         num_labels: number of classes of `head`, for the card.
+        quantized: grid of the base's kernels, for the card; None for floating point.
 
     Raises:
         FormatError: the arguments don't fit together, or the layout can't express the model.
@@ -93,10 +95,12 @@ def write_xlora(
     }
     if task_type in UNHELD_TASKS:
         ordering["task_type"] = task_type
+    if quantized is not None:
+        ordering["quantized"] = quantized
     with replacing(target, owned=_owned(target)) as partial:
         write_json(partial / ORDERING_FILE, ordering)
         labels = num_labels if head else None
-        card = model_card(layout, config, adapters, base_model, len(layer_names), task_type, labels)
+        card = model_card(layout, config, adapters, base_model, len(layer_names), task_type, labels, quantized)
         replace_text(partial / CARD_FILE, card)
         if layout == "peft":
             _write_peft(partial, target, config, classifier, adapters, base_model, task_type, extras or {}, head or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from interop.hf.config import read_config
 from interop.hf.families.registry import FAMILIES, classifying, decoder_config, torchax_hint
 from interop.hf.families.table import LEAVES, Family, abstract_params
 from interop.hf.head import Head
+from interop.hf.quantized.grid import QuantizedTensor, common_grid, fill
+from interop.hf.quantized.readers import open_weights
 from interop.hf.torch_base import TorchFamily, declare_torch, head_tensors_of, read_torch_params, torch_shapes
 from interop.storage.atomic import replacing
 from interop.storage.errors import FormatError, brief, listed
@@ -28,6 +31,8 @@ from interop.storage.files import file_in, read_json, write_json
 from interop.storage.hub import resolve
 from interop.storage.tensors import LazyTensor, open_tensors, require_finite, write_safetensors
 from xlora_jax import BaseModel
+from xlora_jax.layers import quantized
+from xlora_jax.layers.quantized import QuantizedKernel
 from xlora_jax.models import Transformer
 from xlora_jax.trees import Path as TreePath
 from xlora_jax.trees import flatten, unflatten
@@ -46,8 +51,10 @@ __all__ = [
     "save_base",
 ]
 
-Placer = Callable[[TreePath, NDArray[Any]], jax.Array]
+# From a path and NumPy arrays (one, or those of a quantized kernel) to JAX arrays.
+Placer = Callable[[TreePath, Any], Any]
 
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _MAX_SHARD_BYTES = 5 * 10**9  # as in transformers
 _COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
@@ -67,6 +74,8 @@ class BaseOrigin:
         family: a :class:`~interop.hf.families.table.Family`, or a :class:`~interop.hf.torch_base.TorchFamily`.
         config: model's config as transformers reads it.
         head: classification head that replaces the base's own, or None.
+        quantized: grid that the blocks' kernels were rounded to by this library, such as ``nf4``, or the name of the
+            method that quantized the files, such as ``bitsandbytes``; None for a base that is not quantized.
     """
 
     name_or_path: str
@@ -74,6 +83,7 @@ class BaseOrigin:
     family: Any
     config: Mapping[str, Any]
     head: Head | None = None
+    quantized: str | None = None
 
 
 def load_base(
@@ -84,6 +94,7 @@ def load_base(
     place: Placer | None = None,
     head: Head | None = None,
     backend: str = "auto",
+    quantize: str | None = None,
     **hub_options: Any,
 ) -> BaseModel:
     """Load an HF model: a causal language model or a classification model.
@@ -100,6 +111,9 @@ def load_base(
             files; None keeps the base's own.
         backend: ``flax``, for the families of this library; ``torchax``, for PyTorch code of transformers as a JAX
             function (extra ``torchax``); or ``auto``: ``flax`` if the family is ported, else ``torchax``.
+        quantize: ``int8`` (a scale per output), ``int4`` or ``nf4`` (a scale per 64 inputs), to store the kernels of
+            the blocks in that many bits; embeddings, heads, norms and biases stay as they are. Tensors are quantized
+            one by one as they are read. None keeps the kernels in ``dtype``.
         **hub_options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Returns:
@@ -108,14 +122,26 @@ def load_base(
     Raises:
         FormatError: a file is broken, a tensor is missing, unexpected or of the wrong shape, or a config field has a
             value that is not implemented.
+        ValueError: ``dtype`` or ``quantize`` has another value.
     """
+    if quantize not in (None, *quantized.KINDS):
+        raise ValueError(f"quantize: expected None or one of {', '.join(quantized.KINDS)}, got {quantize!r}")
     directory = resolve(base, **hub_options)
     if _runs_by_torchax(directory, backend):
+        if quantize is not None:
+            raise ValueError(f"quantize: {base} runs as PyTorch code through torchax, which has float kernels only")
         foreign, family, config, model = declare_torch(directory, dtype, head, weights=True)
         params = read_torch_params(foreign, model, place or put_on_default_device)
         return BaseModel(foreign, params, BaseOrigin(str(base), directory, family, config, head))
     module, origin = _declare(base, directory, dtype, scan_layers, head)
-    module, tensors = _as_stored(module, origin, open_tensors(directory))
+    stored, method = open_weights(directory)
+    if method is not None and quantize is not None:
+        raise ValueError(
+            f"quantize: {base} is quantized already, by {method}: leave out quantize={quantize!r}, or give the model "
+            f"that it was made from"
+        )
+    origin = dataclasses.replace(origin, quantized=method or quantize)
+    module, tensors = _as_stored(module, origin, stored)
     place = place or put_on_default_device
     params = read_params(module, origin, tensors, np.dtype(module.param_dtype), place)
     return BaseModel(module, params, origin)
@@ -236,11 +262,13 @@ def open_base(
     def absent() -> NDArray[Any]:
         raise FileNotFoundError(f"{base}: its weights are needed for this, and not downloaded: `hf download {base}`.")
 
-    if not is_local and not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+    if not is_local and not any(file for ending in _WEIGHTS for file in directory.glob(ending)):
         shapes = flatten(abstract_params(module))
         unread = {path: UnreadLeaf(leaf.shape, np.dtype(leaf.dtype), absent) for path, leaf in shapes.items()}
         return BaseModel(module, unflatten(unread), origin)
-    module, tensors = _as_stored(module, origin, open_tensors(directory))
+    stored, method = open_weights(directory)
+    origin = dataclasses.replace(origin, quantized=method)
+    module, tensors = _as_stored(module, origin, stored)
     wanted = _checked(module, origin, tensors)
     dtype = np.dtype(module.param_dtype)
     unread = {
@@ -275,12 +303,13 @@ def blank_head(base: str | Path, **hub_options: Any) -> Head:
     return Head(str(base), "SEQ_CLS", tensors)
 
 
-def put_on_default_device(path: TreePath, leaf: NDArray[Any]) -> jax.Array:
+def put_on_default_device(path: TreePath, leaf: Any) -> Any:
     """Put a parameter on the default device."""
-    return jnp.asarray(leaf)
+    # Of the aligned arrays of a quantized kernel, device_put makes no copy on CPUs.
+    return jax.tree.map(jax.device_put, leaf) if isinstance(leaf, QuantizedKernel) else jnp.asarray(leaf)
 
 
-def leave_in_memory(path: TreePath, leaf: NDArray[Any]) -> Any:
+def leave_in_memory(path: TreePath, leaf: Any) -> Any:
     """Return a parameter as it is, for a model that is only checked or written, and never run."""
     return leaf
 
@@ -294,12 +323,66 @@ def read_params(
 ) -> dict[str, Any]:
     """Read the parameters of ``module``, one leaf at a time, with at most one more stacked leaf in memory."""
     wanted = _checked(module, origin, tensors)
-    params: dict[TreePath, jax.Array] = {}
+    params: dict[TreePath, Any] = {}
+    in_float: list[str] = []
     # The largest leaf comes first: its reading takes the most extra memory, and the model takes the least then.
     for path, (shape, sources) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][0])):
+        leaf: Any = None
+        if origin.quantized is not None and _is_quantizable(path, module):
+            leaf = _quantized(shape, sources, tensors, origin.quantized)
+            in_float += ["/".join(path)] if leaf is None else []
+        elif any(isinstance(tensors[source.tensor], QuantizedTensor) for source in sources):
+            in_float.append("/".join(path))
+        if leaf is None:
+            leaf = _fill(shape, sources, tensors, dtype)
         # Placing is asynchronous: without waiting, the buffers of several leaves would be in memory together.
-        params[path] = jax.block_until_ready(place(("base", *path), _fill(shape, sources, tensors, dtype)))
+        params[path] = jax.block_until_ready(place(("base", *path), leaf))
+        del leaf
+    if in_float:
+        warnings.warn(
+            f"{origin.directory}: of this base, quantized as {origin.quantized}, {listed(in_float)} are held in "
+            f"{dtype}: embeddings and heads always are, and kernels whose values fit no grid in 8 or 4 bits here.",
+            UserWarning,
+            stacklevel=3,
+        )
     return unflatten(params)
+
+
+def _is_quantizable(path: TreePath, module: Transformer) -> bool:
+    """Return whether a leaf is the kernel of a projection in a block. A router decides, and is small."""
+    in_block = path[0].startswith("layers_") or path[0] in {group.name for group in module.config.groups}
+    return in_block and path[-1] == "kernel" and path[-2] != "router"
+
+
+def _quantized(
+    shape: tuple[int, ...], sources: Sequence[_Source], tensors: Mapping[str, LazyTensor], quantization: str
+) -> QuantizedKernel | None:
+    """Read one kernel, tensor by tensor: quantized as in its files, or here.
+
+    Returns:
+        The kernel in NumPy arrays, or None if no grid fits it.
+    """
+    if quantization not in quantized.KINDS:
+        grid = common_grid([tensors[source.tensor] for source in sources])
+        if grid is None or sources[0].order != (1, 0):
+            return None
+        kernel = quantized.empty(shape, grid.kind, grid.group, offsets=grid.offsets)
+        for source in sources:
+            stored = tensors[source.tensor]
+            assert isinstance(stored, QuantizedTensor)
+            fill(stored, grid, jax.tree.map(operator.itemgetter(source.member), kernel))
+        return kernel
+    group = quantized.group_size(shape[-2], quantization)
+    if group is None:
+        return None
+    kernel = quantized.empty(shape, quantization, group)
+    for source in sources:
+        tensor = tensors[source.tensor]
+        value = require_finite(tensor.read(), tensor.name, tensor.file)
+        own = jax.tree.map(operator.itemgetter(source.member), kernel)
+        quantized.quantize(np.transpose(value, source.order) if source.order else value, quantization, own)
+        del value  # else it would stay in memory while the next one is read
+    return kernel
 
 
 def _fill(
@@ -328,11 +411,18 @@ def save_base(model: BaseModel, directory: str | Path, *, max_shard_bytes: int =
 
     Raises:
         FileExistsError: the directory holds files that this function does not write.
+        FormatError: the model is quantized.
     """
     origin: BaseOrigin = model.origin
     if isinstance(origin.family, TorchFamily):
         raise FormatError(
             f"{origin.name_or_path}: a base that runs by torchax is not written; it is unchanged: copy its directory."
+        )
+    if origin.quantized is not None:
+        raise FormatError(
+            f"save_base: this base is quantized ({origin.quantized}), and its kernels are not written in this form. "
+            f"Copy {origin.name_or_path} itself, or load it without quantize=. An X-LoRA model is saved by save_xlora, "
+            f"which writes no base."
         )
     with replacing(directory, owned=_OWNED) as folder:
         config = read_json(origin.directory / "config.json")
@@ -363,7 +453,8 @@ def _tensors(model: BaseModel) -> dict[str, LazyTensor]:
         return np.transpose(value, np.argsort(source.order)) if source.order else value
 
     for path, (shape, sources) in _sources(cast(Transformer, model.module), origin.family).items():
-        for source in sources:
+        # A quantized kernel has no form in files; `save_base` refuses it, and a head is never quantized.
+        for source in () if isinstance(leaves[path], QuantizedKernel) else sources:
             own = shape[len(source.member) :]
             tensors[source.tensor] = LazyTensor(
                 source.tensor,

@@ -6,7 +6,6 @@ shape of a tensor can disagree. So they are first checked against the largest si
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from interop.hf.auto import load_hf_config
 from interop.hf.families.fields import declared_fields
 from interop.hf.families.registry import family_of
 from interop.hf.families.table import Family
+from interop.hf.quantized.readers import QUANTIZATION_FIELDS, method_of
 from interop.storage.errors import FormatError, brief
 from interop.storage.files import read_json
 
@@ -36,18 +36,6 @@ _SIZES = {
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # If these are missing, transformers uses the sizes of some other model.
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-
-
-_QUANTIZED = re.compile(r"[-_.](?:unsloth-)?(?:bnb|awq|gptq|hqq|int|fp|\d-?bit|w\d+a\d+)[\w.-]*$", re.IGNORECASE)
-
-
-def _unquantized(content: Mapping[str, Any], path: Path) -> str:
-    """Return the name of the original of a quantized model, for an error message; empty if no name tells it."""
-    in_hub_cache = path.parent.parent.parent.name.removeprefix("models--").replace("--", "/")
-    for name in (content.get("_name_or_path"), in_hub_cache, path.parent.name):
-        if isinstance(name, str) and (plain := _QUANTIZED.sub("", name)) not in ("", name):
-            return f" ({plain!r} by its name)"
-    return ""
 
 
 def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
@@ -89,12 +77,7 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
                 f"{path}: field {name!r}: expected a whole number from 1 to {most}, got {brief(size)} "
                 f"({type(size).__name__})."
             )
-    if quantized := content.get("quantization_config"):
-        raise FormatError(
-            f"{path}: field 'quantization_config': expected none, got {brief(quantized)}. Quantized bases can't be "
-            f"read. Take the model that this one was made from{_unquantized(content, path)}, in float32, "
-            f"bfloat16 or float16."
-        )
+    method_of(content, path)  # refuses those that can't be read
     names = content.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise FormatError(f"{path}: field 'architectures': expected a list of names, got {brief(names)}.")
@@ -104,7 +87,7 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
                 f"{path}: field {name!r}: expected one of {', '.join(_DTYPES)}, got {brief(content[name])}."
             )
     try:
-        return family, load_hf_config(path.parent).to_dict()
+        config: dict[str, Any] = load_hf_config(path.parent).to_dict()
     except (
         StrictDataclassError,
         ArithmeticError,
@@ -115,3 +98,5 @@ def read_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
         ValueError,
     ) as error:
         raise FormatError(f"{path}: transformers can't read it: {error}") from error
+    # The tensors tell how they are quantized; see `interop.hf.quantized`.
+    return family, {name: value for name, value in config.items() if name not in QUANTIZATION_FIELDS}

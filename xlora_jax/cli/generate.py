@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from xlora_jax.cli.options import Adapters, Base, Quiet, json_object, named_paths
+from xlora_jax.cli.options import Adapters, Base, Quantize, Quiet, json_object, named_paths
 from xlora_jax.cli.progress import working
 from xlora_jax.cli.terminal import say
 
@@ -58,6 +58,7 @@ def command(
         int | None, Option(help="APPROXIMATE: keep the gates after so many new tokens; one pass per token from there.")
     ] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    quantize: Quantize = None,
     prefill_chunk: Annotated[int | None, Option(help="Tokens of a prompt that run at once.")] = None,
     stream: Annotated[
         bool | None, Option(help="Print while generating. Default: if there is one text to print.")
@@ -120,10 +121,11 @@ def command(
         raise ValueError("--gate needs --checkpoint or --adapter: the base model alone has no experts")
     with working(f"loading {base}", quiet=quiet):
         # Separate blocks compile more slowly than stacked ones, but generate faster.
+        options: dict[str, Any] = {"dtype": dtype, "scan_layers": False, "quantize": quantize}
         model: Any = (
-            load_base(base, dtype=dtype, scan_layers=False)
+            load_base(base, **options)
             if checkpoint is None and not adapters
-            else load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, scan_layers=False)
+            else load_xlora(base, checkpoint=checkpoint, adapters=adapters, **options)
         )
         warn_of_added_tokens(tokenizer, model.module.config.vocab_size)
     ids, mask = _encode(tokenizer, texts, chat=chat, system=system)

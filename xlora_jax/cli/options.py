@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Adapters", "Base", "Quiet", "held_out_paths", "json_object", "named_paths", "read_settings_file"]
+__all__ = [
+    "Adapters",
+    "Base",
+    "Quantize",
+    "Quiet",
+    "held_out_paths",
+    "json_object",
+    "named_paths",
+    "read_settings_file",
+]
 
 Base = Annotated[str, typer.Option("--base", help="HF base model: directory or hub id.")]
 Adapters = Annotated[
@@ -20,6 +29,10 @@ Adapters = Annotated[
         metavar="NAME=DIR",
         help="An expert: PEFT LoRA directory or hub id. Repeatable, in the checkpoint's order; replaces its paths.",
     ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", help="Keep the base's kernels in fewer bits: int8, int4 or nf4. Default: in the dtype."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xlora_jax.atomic import check_writable, replace_json, replacing_file
-from xlora_jax.cli.options import Adapters, Base, Quiet, named_paths
+from xlora_jax.cli.options import Adapters, Base, Quantize, Quiet, named_paths
 from xlora_jax.cli.progress import tracked, working
 from xlora_jax.cli.terminal import cell, say, visible
 
@@ -32,6 +32,7 @@ def command(
         int, typer.Option(help="Bad records to leave out and list; the next one is an error.")
     ] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
+    quantize: Quantize = None,
     output: Annotated[Path | None, typer.Option(help="Directory for report.json and report.png.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -62,7 +63,7 @@ def command(
         }
         bad.warn()
     with working(f"loading {base}", quiet=quiet):
-        model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype)
+        model = load_xlora(base, checkpoint=checkpoint, adapters=adapters, dtype=dtype, quantize=quantize)
     for part in given.values():
         part.check_vocabulary(model.module.config.vocab_size)
     step = partial(make_routing_step(model.xlora), model.params)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from xlora_jax.cli.options import Quiet, held_out_paths, json_object, named_paths, read_settings_file
+from xlora_jax.cli.options import Quantize, Quiet, held_out_paths, json_object, named_paths, read_settings_file
 from xlora_jax.cli.terminal import say
 from xlora_jax.job import Job, run_training
 from xlora_jax.training.config import TrainConfig
@@ -65,6 +65,7 @@ def command(
     max_grad_norm: Annotated[float | None, Option(help="Clip the gradient's norm, default 1; 0 does not clip.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the new gate, data order and dropout; default 0.")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; default: as in config.json.")] = None,
+    quantize: Quantize = None,
     remat: Annotated[str | None, Option(help="Save memory: full, dots or dots_and_attention.")] = None,
     attention: Annotated[str | None, Option(help="xla, or cudnn (flash attention on NVIDIA GPUs).")] = None,
     eval_every: Annotated[int | None, Option(help="Steps between evaluations; default 0: at the end.")] = None,
@@ -106,6 +107,7 @@ def command(
         "pack": pack,
         "skip_bad_records": skip_bad_records,
         "dtype": dtype,
+        "quantize": quantize,
     }
     run = {
         "steps": steps,

@@ -2,7 +2,7 @@
 
 The arithmetic is in :mod:`xlora_jax.layers.mixing`. An adapted layer reads three collections at its own path:
 
-    params    parameters of the plain Flax layer
+    params    parameters of the plain Flax layer; the kernel of a dense layer may be quantized
     experts   ``lora_a [D, R]``, ``lora_b [R, F]``, ``columns [N, R]``; if any expert has them, also
               ``lora_bias [N, F]`` with ``bias_scale [N]``, and ``lora_dropout [N]``
               and for Arrow ``directions [D, N]``
@@ -26,8 +26,9 @@ from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from xlora_jax.layers import matmul as products
-from xlora_jax.layers import mixing
+from xlora_jax.layers import mixing, quantized
 from xlora_jax.layers.arrow import Arrow
+from xlora_jax.layers.quantized import QuantizedKernel
 
 __all__ = [
     "TemperatureScaledSoftmax",
@@ -39,6 +40,7 @@ __all__ = [
     "add_experts",
     "project_conv",
     "project_dense",
+    "quantized_kernel",
 ]
 
 
@@ -224,17 +226,35 @@ def project_conv(module: nn.Conv, inputs: jax.Array) -> Callable[[jax.Array], ja
     return project
 
 
+def quantized_kernel(module: nn.Module) -> QuantizedKernel | None:
+    """Return the kernel of ``module`` if it is quantized, else None."""
+    kernel: Any = module.get_variable("params", "kernel") if module.has_variable("params", "kernel") else None
+    return kernel if isinstance(kernel, QuantizedKernel) else None
+
+
 class XLoraDense(nn.Dense):
-    """A ``flax.linen.Dense`` that mixes the experts at its path, with the same attributes, parameters and errors."""
+    """A ``flax.linen.Dense`` that mixes the experts at its path, with the same attributes, parameters and errors.
+
+    The base kernel may be a :class:`~xlora_jax.layers.quantized.QuantizedKernel`.
+    """
 
     dot_general: Any = products.dot_general
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Return ``[..., F]`` for ``inputs [..., D]``; with gates ``[B, T, N]`` the inputs are ``[B, T, D]``."""
-        outputs = super().__call__(inputs)
+        kernel = quantized_kernel(self)
+        outputs = super().__call__(inputs) if kernel is None else self._quantized(inputs, kernel)
         # Named for rematerialization: the backward pass needs the sum, not its two terms.
         outputs = add_experts(self, outputs, project_dense(self, inputs))
         return cast(jax.Array, checkpoint_name(outputs, "projection"))
+
+    def _quantized(self, inputs: jax.Array, kernel: QuantizedKernel) -> jax.Array:
+        """Return the base layer's output."""
+        outputs = quantized.matmul(inputs if self.dtype is None else inputs.astype(self.dtype), kernel)
+        if not self.use_bias:
+            return outputs
+        bias: jax.Array = self.get_variable("params", "bias")
+        return outputs + bias.astype(outputs.dtype)
 
 
 class XLoraTiedHead(nn.Module):

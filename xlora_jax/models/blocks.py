@@ -19,7 +19,8 @@ from flax import struct
 from jax import lax
 
 from xlora_jax.layers import matmul as products
-from xlora_jax.layers.modules import XLoraDense
+from xlora_jax.layers import quantized
+from xlora_jax.layers.modules import XLoraDense, quantized_kernel
 from xlora_jax.models.cache import Cache, Place
 from xlora_jax.models.config import ACTIVATIONS, NORMS, DecoderConfig
 from xlora_jax.models.rope import apply_rope
@@ -252,6 +253,9 @@ class _StackedDense(nn.Module):
     @nn.compact
     def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
         """Map ``rows [M, in]``, sorted by expert, to ``[M, features]``; ``sizes [E]`` counts each expert's rows."""
+        stored = quantized_kernel(self)
+        if stored is not None:
+            return quantized.ragged_dot(rows, stored, sizes)
         init = nn.initializers.lecun_normal(batch_axis=0)
         shape = (self.num_experts, rows.shape[-1], self.features)
         kernel = self.param("kernel", init, shape, self.param_dtype)

@@ -24,7 +24,7 @@ from xlora_jax.layers.adapted import ABSENT
 from xlora_jax.passes import Params, XLora
 from xlora_jax.training.checksums import partial_checksums
 from xlora_jax.training.data import Rows
-from xlora_jax.trees import flatten
+from xlora_jax.trees import arrays, flatten
 
 __all__ = [
     "array_checksums",
@@ -88,7 +88,7 @@ def array_checksums(xlora: XLora, params: Params) -> dict[str, str]:
             group.name: [f"layers_{group.start + i}" for i in range(group.length)]
             for group in getattr(module.config, "groups", ())
         }
-    flat = flatten(params)
+    flat = arrays(params)
     asked = {"/".join(path): (leaf, (0,) if path[0] in stacks else ()) for path, leaf in flat.items()}
     sums = partial_checksums(asked)
     found = {}

@@ -60,6 +60,26 @@ def test_command_and_call_give_the_same_and_peft_loads_it(text_files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_run_on_a_quantized_base_is_resumed_bit_for_bit(text_files, tmp_path):
+    def run(*more):
+        done = invoke(arguments(text_files, tmp_path / "run", *more))
+        assert done.exit_code == 0, done.output
+        return (tmp_path / "run" / "model" / "adapter_model.safetensors").read_bytes()
+
+    undisturbed = run("--quantize", "nf4")
+    assert json.loads((tmp_path / "run" / "job.json").read_text())["quantize"] == "nf4"
+    assert 'quantize="nf4"' in (tmp_path / "run" / "model" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    assert run("--quantize", "nf4") == undisturbed
+    # The same run on another base is another run.
+    done = invoke(arguments(text_files, tmp_path / "run"))
+    assert done.exit_code != 0
+    assert "kernel" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_dropout_of_the_adapters_acts_in_training_only(text_files, tmp_path):
     folder, base_dir, adapters = text_files
 

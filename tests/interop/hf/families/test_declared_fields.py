@@ -233,9 +233,8 @@ def test_declared_fields_that_are_not_implemented_are_refused_by_name(made: tupl
 
 def test_a_quantized_base_says_what_to_take(tmp_path: Path) -> None:
     directory = make_model(tmp_path, "llama")
-    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    edit(directory, quantization_config=quantized, _name_or_path="unsloth/llama-3-8b-Instruct-bnb-4bit")
-    with pytest.raises(FormatError, match=r"quantization_config.*'unsloth/llama-3-8b-Instruct' by its name"):
+    edit(directory, quantization_config={"quant_method": "hqq"}, _name_or_path="mobiuslabs/Llama-3-8b_hqq-4bit")
+    with pytest.raises(FormatError, match=r"quantization_config.*got 'hqq'.*'mobiuslabs/Llama-3-8b' by its name"):
         load_base(directory)
 
 

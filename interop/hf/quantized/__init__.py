@@ -1,0 +1,1 @@
+"""Bases that other programs have quantized: bitsandbytes, GGUF, compressed-tensors, AWQ, GPTQ."""
