@@ -24,6 +24,9 @@ XLA_FLAGS ?= --xla_backend_optimization_level=0
 # One thread for each test process: several processes that each start a thread for every core slow one another down.
 # NPROC is what XLA's CPU client takes for the number of cores, the others are for torch and numpy.
 TEST_ENV := XLA_FLAGS="$(XLA_FLAGS)" NPROC=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# Many tests compile the same programs, in several processes: each is compiled once. `make clean` forgets them.
+TEST_ENV += JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/compiled" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 # Time for each target of the fuzzing tests: `make fuzz` takes an hour each, continuous integration 20 s.
 FUZZ_SECONDS ?= 3600
@@ -113,4 +116,4 @@ $(BIN)/uv: | $(BIN)/python
 	$(INSTALL) "uv>=0.5"
 
 clean:
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build site *.egg-info
+	rm -rf .cache/compiled .mypy_cache .pytest_cache .ruff_cache .hypothesis build site *.egg-info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from xlora_jax.cli import experts, export, generate, inspect, merge, report, train
+from xlora_jax.cli.compile_cache import keep_compiled_programs
 from xlora_jax.cli.errors import EXIT_CODES, in_one_line
 from xlora_jax.cli.terminal import show_warnings
 
@@ -40,4 +41,5 @@ for _name, _function in (("add", experts.add), ("remove", experts.remove)):
 def main() -> None:
     """Run the command line."""
     show_warnings()
+    keep_compiled_programs()
     app()
