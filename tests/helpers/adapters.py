@@ -13,12 +13,6 @@ def fresh_base(directory):
     return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
-
-
-
-
-
-
 def make_adapter(base_dir, directory, r=4, alpha=6, **options):
     """Save an adapter as `reference.make_adapter` does, but with random biases and buffers too."""
     model = get_peft_model(fresh_base(base_dir), LoraConfig(r=r, lora_alpha=alpha, task_type="CAUSAL_LM", **options))

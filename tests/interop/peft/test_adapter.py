@@ -1,7 +1,5 @@
 """LoRA adapters that real PEFT made: every option of its config, read right or refused by name, and written back."""
 
-from tests.helpers.adapters import fresh_base
-from tests.helpers.adapters import fresh_base
 import dataclasses
 import json
 import math
