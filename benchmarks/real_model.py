@@ -341,7 +341,7 @@ def train_gate(run: Run) -> dict[str, Any]:
         if error.code:
             raise
     entries = [json.loads(line) for line in run.path("gate/metrics.jsonl").read_text().splitlines()]
-    return {"losses": [entry["loss"] for entry in entries if entry.get("kind") == "train" or "loss" in entry]}
+    return {"losses": [entry["loss"] for entry in entries if entry["kind"] == "train"]}
 
 
 def train_peft_gate(run: Run) -> dict[str, Any]:
@@ -628,7 +628,8 @@ def processor() -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the tables."""
-    head = f"| accuracy in %, loss | {' | '.join(TASKS)} | mean |\n|---|{'---|' * (len(TASKS) + 1)}\n"
+    first = "accuracy in % (95 % interval), loss in nats"
+    head = f"| {first} | {' | '.join(TASKS)} | mean |\n|---|{'---|' * (len(TASKS) + 1)}\n"
     lines = []
     for setting, tasks in report["settings"].items():
         cells = []

@@ -83,19 +83,21 @@ from rich.console import Console
 from interop import add_expert, load_xlora, remove_expert
 from xlora_jax import Rows, TrainConfig, evaluate, make_eval_step, split_params, train
 assets = quickstart_assets.prepare(Path(".cache/quickstart"), Console(quiet=True))
+rows = Rows.from_tokens(assets.train["json"][:16])
 def losses(model):
     step, parts = make_eval_step(model.xlora), split_params(model.params, model.config)
-    return {{n: evaluate(step, *parts, Rows.from_tokens(t[:8]), 8)[0] for n, t in assets.held_out.items()}}
+    held_out = {{n: Rows.from_tokens(t[:8]) for n, t in assets.held_out.items()}}
+    return {{n: evaluate(step, *parts, each, 8)[0] for n, each in (held_out | {{"learned": rows}}).items()}}
 before = remove_expert(load_xlora(assets.base, checkpoint="out/xlora"), "json")
 added = add_expert(before, "json", assets.adapters["json"])
-rows = Rows.from_tokens(assets.train["json"][:16])
+started = add_expert(before, "json", assets.adapters["json"], prior=0.1)
 settings = TrainConfig(steps=8, batch_size=8, learning_rate=1e-2, only_expert="json", tensorboard=False)
-learned = train(add_expert(before, "json", assets.adapters["json"], prior=0.1), rows, settings).model
-print(json.dumps([losses(before), losses(added), losses(learned)]))
+learned = train(started, rows, settings).model
+print(json.dumps([losses(before), losses(added), losses(started), losses(learned)]))
 """
-    before, added, learned = json.loads(run("-c", code, cwd=folder).stdout.splitlines()[-1])
+    before, added, started, learned = json.loads(run("-c", code, cwd=folder).stdout.splitlines()[-1])
     assert added == pytest.approx(before, rel=1e-5)
-    assert learned["json"] < before["json"]
+    assert learned["learned"] < started["learned"]
     assert all(learned[name] < before[name] + 0.1 for name in before)
 
 
