@@ -3,8 +3,8 @@
 Axes: B batch, T tokens, L adapted layers (1 if they share their gates), N experts, C labels (such as domains).
 
 All metrics are means over tokens. A token's *shares* at a layer are the sizes of its gates, divided by their sum:
-``s_e = |g_e| / sum_j |g_j|``. They are the gates themselves if these sum to one. (PEFT's top-k does not renormalize, and
-gates without a softmax may be negative.) A token without any gate has shares of zero, and no leading expert.
+``s_e = |g_e| / sum_j |g_j|``. They are the gates themselves if these sum to one. (PEFT's top-k does not renormalize,
+and gates without a softmax may be negative.) A token without any gate has shares of zero, and no leading expert.
 
 | metric | formula | source |
 |---|---|---|
@@ -16,8 +16,8 @@ gates without a softmax may be negative.) A token without any gate has shares of
 | experts per token | exp(H), between 1 and N | Hill, Ecology 54 (1973), order 1 |
 | experts in use | exp(H) of the mean shares | Hill, as above |
 | co-use | sum s_i s_j / sqrt(sum s_i^2 sum s_j^2), sums over tokens | cosine; Salton and McGill (1983), section 4 |
-| change | (1/2) sum_e of abs(s_e(t + 1) - s_e(t)), for neighbors t, t + 1 | total variation; Levin and Peres (2017), 4.1 |
-| agreement | share of tokens that have the same leading expert at two layers | simple matching; Sokal and Michener (1958) |
+| change | (1/2) sum_e abs(s_e(t + 1) - s_e(t)), for neighbors t, t + 1 | total variation; Levin and Peres (2017) |
+| agreement | share of tokens with the same leading expert at two layers | simple matching; Sokal and Michener (1958) |
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def routing_sums(
         raise ValueError(f"labels: expected below {num_labels}, got {np.max(labels)}; give num_labels")
     of_token = jnp.broadcast_to(labels[:, None] if labels.ndim == 1 else labels, shape)
 
-    return _sums(gates, counted, of_token, segment_ids, num_labels)
+    sums: RoutingSums = _sums(gates, counted, of_token, segment_ids, num_labels)
+    return sums
 
 
 @partial(jax.jit, static_argnums=4)
