@@ -16,8 +16,8 @@ DEAD = 0.01
 WHOLE = 0.99
 
 _ADVICE = (
-    "Set load_balance to 0.01 (--set '{\"load_balance\": 0.01}') or entropy to -0.01, or lower learning_rate. If the data "
-    "does not need the other experts, train with fewer"
+    "Set load_balance to 0.01 (--set '{\"load_balance\": 0.01}') or entropy to -0.01, or lower learning_rate. If the "
+    "data does not need all experts, train with fewer"
 )
 
 

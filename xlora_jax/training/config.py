@@ -50,8 +50,8 @@ class TrainConfig:
         keep_checkpoints: number of the latest checkpoints to keep.
         log_every: number of steps between entries of the metrics.
         max_bad_steps: number of non-finite steps in a row that stops the run.
-        balance_steps: number of steps in a row, with an expert below 1 % or above 99 % of the gates, that gives a warning;
-            0 gives none.
+        balance_steps: number of steps in a row, with an expert below 1 % or above 99 % of the gates, that gives a
+            warning; 0 gives none.
         scaling_cache: ``off``, ``memory`` or ``disk``.
         scaling_cache_dtype: element type of the cache, float32 or bfloat16.
         scaling_cache_directory: path for ``scaling_cache="disk"``; None takes ``output/scaling_cache``.

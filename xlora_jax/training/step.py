@@ -294,8 +294,8 @@ def make_train_step(
     Returns:
         The step. A batch is as in :func:`batch_loss`; its ids and labels are checked against the vocabulary on the
         host. Metrics are float32 scalars: ``loss`` (cross-entropy per token), ``regularization`` (if there are
-        additional terms), ``grad_norm``, ``tokens`` (number of predicted tokens), ``finite``. ``routing`` is a mapping of
-        sums over the predicted tokens, see :func:`~xlora_jax.routing.metrics.layer_mean`.
+        additional terms), ``grad_norm``, ``tokens`` (number of predicted tokens), ``finite``. ``routing`` is a mapping
+        of sums over the predicted tokens, see :func:`~xlora_jax.routing.metrics.layer_mean`.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1, got {accumulate}")

@@ -30,9 +30,10 @@ def test_losses_and_gates_are_those_of_the_model(config):
     # The same model, which takes its scalings as gates.
     plain = dataclasses.replace(model, config=dataclasses.replace(model.config, top_k_lora=None))
     run = jax.jit(forward, static_argnums=0)
-    run_base = jax.jit(
-        lambda params, ids: unembed(model, params, base_forward(model, params, input_ids=ids).hidden_states)
-    )
+
+    @jax.jit
+    def run_base(params, ids):
+        return unembed(model, params, base_forward(model, params, input_ids=ids).hidden_states)
 
     want = dict.fromkeys(("loss", "base", "uniform", *range(3), *(f"without {e}" for e in range(3))), 0.0)
     gates = []
