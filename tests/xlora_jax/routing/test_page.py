@@ -135,7 +135,7 @@ def test_tokens_show_their_weights_to_mouse_and_keyboard(browser, page, report):
     mean = sample.shares[5].mean(axis=0)
     names = [line for line in shown.splitlines() if line in EXPERTS]
     assert names == [EXPERTS[e] for e in np.argsort(-mean)]
-    assert f"{mean.max():.0%}".replace("%", " %") in shown
+    assert f"{mean.max():.0%}" in shown
     browser.execute_script("document.querySelector('.t').focus()")
     ActionChains(browser).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
     active = browser.switch_to.active_element

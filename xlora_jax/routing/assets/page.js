@@ -20,7 +20,7 @@
   const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
   const sv = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
-  const percent = (x, digits) => (x * 100).toFixed(digits ?? (x > 0 && x < 0.0995 ? 1 : 0)) + " %";
+  const percent = (x, digits) => (x * 100).toFixed(digits ?? (x > 0 && x < 0.0995 ? 1 : 0)) + "%";
   const fixed = (x, digits = 3) => (x === null || x === undefined ? "–" : x.toFixed(digits));
   const whole = (x) => Math.round(x).toLocaleString("en-US");
   const sum = (list) => list.reduce((a, b) => a + b, 0);
@@ -144,7 +144,7 @@
       tile("Loss with experts", fixed(everything.loss), (change <= 0 ? "−" : "+") + percent(Math.abs(change)) + " against the base", change <= 0 ? "good" : "bad"),
       tile("Experts per token", perToken.toFixed(1), `effective, of ${N}`),
       tile("Experts in use", inUse.toFixed(1), "effective, over all texts"),
-      tile("Most used", chip(e), percent(share) + " of all gates"),
+      tile("Most used", el("span", { class: "chip" + (experts[e].length > 12 ? " long" : "") }, swatch(e), shorten(experts[e], 40)), percent(share) + " of all gates"),
       tile("Tokens", whole(everything.tokens), `${sets.length} ${sets.length === 1 ? "text" : "texts"}, ${L} ${L === 1 ? "gate for all layers" : "layers"}`));
   }
 
@@ -287,7 +287,7 @@
 
   // Heat maps.
   const ramp = () => el("span", { class: "scale" }, "0", el("span", { class: "ramp" }), "1");
-  function heat(values, rowNames, columns, tipFor, { cell = 22, rowHeight, left = widest(rowNames), colored = false } = {}) {
+  function heat(values, rowNames, columns, tipFor, { cell = 22, rowHeight, label = shortLayer, left = widest(rowNames, label), colored = false } = {}) {
     const h = rowHeight || Math.max(6, Math.min(18, 440 / rowNames.length)), gap = 4;
     let y = 0, last = null;
     const tops = rowNames.map((name) => {
@@ -307,13 +307,18 @@
       columns.map((name, c) => sv("g", {}, colored ? sv("rect", { x: left + c * cell + 2, y: -9, width: cell - 5, height: 5, rx: 2.5, style: { fill: color(c) } }) : null,
         sv("text", { x: left + (c + 0.5) * cell, y: -13, transform: `rotate(-42 ${left + (c + 0.5) * cell} -13)`, class: "strong" }, shorten(name)))),
       rowNames.map((name, r) => [
-        r % every === 0 ? sv("text", { x: left - 7, y: tops[r] + h / 2 + 3.8, "text-anchor": "end" }, shorten(shortLayer(name), 12)) : null,
+        r % every === 0 ? sv("text", { x: left - 7, y: tops[r] + h / 2 + 3.8, "text-anchor": "end" }, shorten(label(name), 12)) : null,
         columns.map((_, c) => sv("rect", { class: "cell", x: left + c * cell, y: tops[r], width: cell - 1.5, height: h - (h > 8 ? 1.5 : 0.4), rx: h > 10 ? 3 : 1, style: { "--v": (Math.min(Math.max(values[r][c], 0), 1) * 100).toFixed(1) + "%" }, tip: () => tipFor(r, c) })),
       ]));
   }
-  const widest = (names) => 12 + Math.max(...names.map((name) => shorten(shortLayer(name), 12).length)) * 5.9;
+  const widest = (names, label = shortLayer) => 12 + Math.max(...names.map((name) => shorten(label(name), 12).length)) * 5.9;
   function gateMaps() {
     const wide = N > 12 ? 14 : N > 6 ? 18 : 23;
+    if (L === 1) {
+      const gates = shown.map(([, entry]) => entry.mean_gates[0]);
+      const map = heat(gates, shown.map((s) => s[0]), experts, (t, e) => line(chip(e), `mean gate ${fixed(gates[t][e])}`, shown[t][0]), { cell: Math.max(18, Math.min(56, 420 / N)), rowHeight: 34, label: (name) => name, colored: true });
+      return panel("Gate by text and expert", "Mean gate of each expert. All layers share their gates.", el("div", { class: "maps" }, el("figure", {}, map)), ramp());
+    }
     const maps = shown.map(([name, entry]) => el("figure", { role: "img", "aria-label": `Mean gate by layer and expert, ${name}` }, el("h3", {}, name),
       heat(entry.mean_gates, layers, experts, (l, e) => [...line(chip(e), `mean gate ${fixed(entry.mean_gates[l][e])}`, layers[l], name)], { cell: wide, colored: true })));
     const rows = shown.flatMap(([name, entry]) => layers.map((layer, l) => [name, layer, ...entry.mean_gates[l].map((g) => fixed(g))]));
@@ -392,7 +397,7 @@
   function pairs() {
     const co = experts.map((_, i) => experts.map((_, j) => mean(everything.co_use.map((m) => m[i][j]))));
     const one = panel("Experts used together", "Cosine of two experts' shares over all tokens and layers: 1 if they always rise and fall together, 0 if never both.",
-      el("div", { class: "maps" }, el("figure", {}, heat(co, experts, experts, (i, j) => line(`${experts[i]} and ${experts[j]}`, `co-use ${fixed(co[i][j])}`), { cell: Math.max(16, Math.min(40, 300 / N)), rowHeight: Math.max(14, Math.min(34, 260 / N)), colored: true }))), ramp());
+      el("div", { class: "maps" }, el("figure", {}, heat(co, experts, experts, (i, j) => line(`${experts[i]} and ${experts[j]}`, `co-use ${fixed(co[i][j])}`), { cell: Math.max(16, Math.min(40, 300 / N)), rowHeight: Math.max(14, Math.min(34, 260 / N)), label: (name) => name, colored: true }))), ramp());
     if (L < 2) return [one];
     const side = Math.max(2.2, Math.min(26, 330 / L, (innerWidth - 150) / L));
     const two = panel("Agreement between layers", "Share of tokens that have the same leading expert at two layers.",
