@@ -31,17 +31,18 @@ TEST_ENV += JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/compiled" JAX_PERSISTENT
 # Time for each target of the fuzzing tests: `make fuzz` takes an hour each, continuous integration 20 s.
 FUZZ_SECONDS ?= 3600
 
-.PHONY: help venv test quick lint format demo notebook docs compat compat-lowest compat-newest fuzz bench-real clean
+.PHONY: help venv browser test quick lint format demo notebook docs compat compat-lowest compat-newest fuzz bench-real clean
 
 help:
 	@echo "make venv      set up $(VENV) (the other targets do so themselves)"
 	@echo "make test      the whole test suite, in $(JOBS) processes"
 	@echo "make quick     the tests that are not marked slow"
+	@echo "make browser   Chromium for the tests of the report's page, where it is missing (needs root or sudo)"
 	@echo "make compat    the core's tests on the lowest and the newest versions of Python, JAX and Flax"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter and its safe fixes"
 	@echo "make fuzz      read damaged files for FUZZ_SECONDS=$(FUZZ_SECONDS) per kind of file (FUZZ_TARGETS=... chooses)"
-	@echo "make demo      examples/quickstart.py: train, mix, generate, export, check against PEFT"
+	@echo "make demo      examples/quickstart.py: train, mix, generate, export, check against PEFT, write the report"
 	@echo "make bench-real  benchmarks/real_model.py: a real model, trained and compared with PEFT; it goes on where it stopped"
 	@echo "make notebook  run examples/walkthrough.py and write it as examples/walkthrough.ipynb"
 	@echo "make docs      the documentation, in site/"
@@ -62,10 +63,21 @@ $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable ".[docs]"
 	@touch $@
 
-test: $(VENV)/.installed-test
+# The page of the routing report is tested in Chromium. On Debian and its kin it is installed where it is missing.
+browser:
+	@if { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \
+	    && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	    echo "make test needs Chromium and its driver on the PATH: install chromium (or Google Chrome) and chromedriver" >&2; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else \
+	    echo "make test needs Chromium and its driver: sudo apt-get install chromium chromium-driver" >&2; exit 1; fi; \
+	$$sudo apt-get update -qq && $$sudo apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null \
+	    || { echo "chromium and chromium-driver could not be installed: install them (or Google Chrome and chromedriver)" >&2; exit 1; }
+
+test: $(VENV)/.installed-test browser
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-quick: $(VENV)/.installed-test
+quick: $(VENV)/.installed-test browser
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test

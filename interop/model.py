@@ -6,10 +6,10 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from xlora_jax import BaseModel, XLoraConfig, XLoraModel
 from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.memory import check_fits
 from xlora_jax.trees import flatten, unflatten
+
+if TYPE_CHECKING:
+    from xlora_jax.training.data import Codec
 
 __all__ = [
     "TASK_TYPES",
@@ -55,6 +58,13 @@ class XLoraOrigin:
     base: Any
     adapters: tuple[LoraAdapter, ...]
     extras: Mapping[str, Any]
+
+    @cached_property
+    def codec(self) -> Codec:
+        """Codec of the tokenizer beside the base model's files, loaded when it is first used."""
+        from interop.hf.tokenizer import load_codec
+
+        return load_codec(self.base.directory)
 
 
 def load_xlora(

@@ -22,10 +22,10 @@ FLOORS = [
     ("xlora_jax.layers",),
     ("xlora_jax.models",),
     ("xlora_jax.passes",),
-    ("xlora_jax.generation",),
+    ("xlora_jax.generation", "xlora_jax.routing"),
     ("xlora_jax.model",),
     ("xlora_jax.conversion", "xlora_jax.training"),
-    ("xlora_jax.job",),
+    ("xlora_jax.job", "xlora_jax.report"),
     ("xlora_jax.cli",),
 ]
 INTEROP_FLOORS = [

@@ -22,6 +22,15 @@ from xlora_jax.passes import forward as forward
 from xlora_jax.passes import real_pass as real_pass
 from xlora_jax.passes import scaling_pass as scaling_pass
 from xlora_jax.passes import unembed as unembed
+from xlora_jax.report import RoutingReport as RoutingReport
+from xlora_jax.report import report_routing as report_routing
+from xlora_jax.routing.metrics import RoutingMetrics as RoutingMetrics
+from xlora_jax.routing.metrics import RoutingSums as RoutingSums
+from xlora_jax.routing.metrics import Total as Total
+from xlora_jax.routing.metrics import routing_sums as routing_sums
+from xlora_jax.routing.recorder import ScalingsLog as ScalingsLog
+from xlora_jax.routing.recorder import load_scalings_log as load_scalings_log
+from xlora_jax.routing.text import RoutedText as RoutedText
 from xlora_jax.sharding import make_mesh as make_mesh
 from xlora_jax.sharding import param_shardings as param_shardings
 from xlora_jax.sharding import placer as placer

@@ -11,18 +11,24 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path as FilePath
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
 from xlora_jax.config import XLoraConfig
 from xlora_jax.generation.generate import GenerationConfig, GenerationStats, generate, stream
 from xlora_jax.generation.given import Given, read_given
 from xlora_jax.generation.state import Ints
+from xlora_jax.layers import mixing
 from xlora_jax.layers.adapted import AdaptedLayers
 from xlora_jax.models import BaseModule, Decoder, DecoderOutput
-from xlora_jax.passes import Params, XLora, XLoraOutput, forward
+from xlora_jax.passes import Params, XLora, XLoraOutput, classify, forward, scaling_pass
+from xlora_jax.routing.recorder import ScalingsLog
+from xlora_jax.routing.text import Part, RoutedText, pieces_of
 from xlora_jax.token_ids import check_token_ids, warn_beyond_context
 from xlora_jax.trees import Path, flatten, unflatten
 
@@ -38,6 +44,17 @@ _SWITCHES: ContextVar[Mapping[int, bool]] = ContextVar("switches", default=types
 @partial(jax.jit, static_argnums=0)
 def _base_forward(module: BaseModule, params: Params, **inputs: Any) -> DecoderOutput:
     return cast(DecoderOutput, module.apply({"params": params}, **inputs))
+
+
+@partial(jax.jit, static_argnums=0)
+def _gates(xlora: XLora, params: Params, **inputs: Any) -> jax.Array:
+    hidden, _ = scaling_pass(xlora, params, **inputs)
+    gates = mixing.layer_gates(
+        classify(xlora, params, hidden),
+        top_k=xlora.config.top_k_lora,
+        softmax_selected=xlora.config.enable_softmax_topk,
+    )
+    return gates.astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ class XLoraModel:
     router: str = "classifier"
     _enabled: bool = field(default=True, repr=False)
     _logging: bool = field(default=False, repr=False)
-    _log: list[jax.Array] = field(default_factory=list, repr=False)
+    _log: ScalingsLog = field(default_factory=ScalingsLog, repr=False)
     _latest: jax.Array | None = field(default=None, repr=False)
     _stats: GenerationStats | None = field(default=None, repr=False)
 
@@ -161,7 +178,7 @@ class XLoraModel:
             self,
             params=self.params if params is None else params,
             config=self.config if config is None else config,
-            _log=[],
+            _log=self._log.empty(),
             _latest=None,
             _stats=None,
         )
@@ -201,7 +218,7 @@ class XLoraModel:
             inputs["scalings"] = jnp.asarray(scalings)
         out = cast(XLoraOutput, _forward(self.xlora, self.params, **inputs))
         if scalings is None:
-            self._record(out.scalings)
+            self._record(out.scalings, attention_mask)
         return out
 
     def generate(
@@ -249,7 +266,7 @@ class XLoraModel:
         )
         self._stats = out.stats
         if out.scalings is not None:
-            self._record(self.layers.expand(out.scalings))
+            self._record(self.layers.expand(out.scalings), out.mask)
         return jnp.asarray(out.tokens)
 
     def unstacked(self, *, donate: bool = False) -> XLoraModel:
@@ -319,10 +336,10 @@ class XLoraModel:
         """Return the cost of the last generation: seconds, reads of the weights per token, acceptance of drafts."""
         return self._stats
 
-    def _record(self, scalings: jax.Array | None) -> None:
+    def _record(self, scalings: jax.Array | None, mask: Any) -> None:
         self._latest = scalings
         if self._logging and scalings is not None:
-            self._log.append(scalings)
+            self._log.record(scalings, mask)
 
     def set_topk_lora(self, value: int | None) -> None:
         """Keep the ``value`` largest gates of each token and layer; None keeps all."""
@@ -347,8 +364,29 @@ class XLoraModel:
         """
         return self._latest
 
-    def enable_scalings_logging(self) -> None:
-        """Log the scalings of every call from now on, and one entry for every :meth:`generate`."""
+    def enable_scalings_logging(self, mode: str = "all", *, size: int = 100, every: int = 1, seed: int = 0) -> None:
+        """Log the scalings of every call from now on, and one entry for every :meth:`generate`.
+
+        Args:
+            mode: ``all`` keeps every call, as PEFT does. The other modes do not grow with the run: ``reservoir`` (a
+                random sample), ``mean`` (the mean over all tokens) and ``every`` (every n-th call), see
+                :class:`~xlora_jax.routing.recorder.ScalingsLog`.
+            size: number of entries that ``reservoir`` and ``every`` keep.
+            every: distance of the calls that ``every`` keeps.
+            seed: random seed of ``reservoir``.
+
+        Raises:
+            ValueError: a setting is invalid, or the log has entries of another mode.
+        """
+        log = ScalingsLog(mode, size, every, seed)
+        same = all(getattr(log, name) == getattr(self._log, name) for name in ("mode", "size", "every", "seed"))
+        if not same and self._log.seen:
+            raise ValueError(
+                f"mode {mode}: the log has entries of mode {self._log.mode} with other settings; save it, and call "
+                f"clear_scalings_log() first"
+            )
+        if not same:
+            self._log = log
         self._logging = True
 
     def disable_scalings_logging(self) -> None:
@@ -361,16 +399,98 @@ class XLoraModel:
 
     def get_scalings_log(self) -> list[jax.Array]:
         """Return a copy of the log, a list of scalings ``[B, T, L, N]``."""
-        return list(self._log)
+        return self._log.entries()
+
+    def save_scalings_log(self, path: str | FilePath) -> None:
+        """Write the log to an ``.npz`` file, which :func:`~xlora_jax.routing.recorder.load_scalings_log` reads.
+
+        Raises:
+            ValueError: the path does not end in ``.npz``.
+            OSError: the file can't be written.
+        """
+        self._log.save(path, expert_names=self.expert_names, layer_names=self.layer_names)
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[jax.Array]]]:
         """Return the log by sequence length: for each T, the entries' indices in the log, and the entries."""
         buckets: dict[int, tuple[list[int], list[jax.Array]]] = {}
-        for place, scalings in enumerate(self._log):
+        for place, scalings in enumerate(self._log.entries()):
             places, entries = buckets.setdefault(scalings.shape[1], ([], []))
             places.append(place)
             entries.append(scalings)
         return buckets
+
+    @property
+    def routing_layers(self) -> tuple[str, ...]:
+        """Names of the layers' axis of :meth:`gates_of`: the adapted layers, or one name if they share their gates."""
+        return self.layer_names if self.config.layerwise_scalings else ("all layers",)
+
+    def gates_of(self, input_ids: Any, attention_mask: Any = None, **more: Any) -> NDArray[np.float32]:
+        """Return the gates of each token, without the real pass.
+
+        Args:
+            input_ids: int ``[B, T]``.
+            attention_mask: ``[B, T]``, zero at padding.
+            **more: other inputs, such as ``positions`` and ``segment_ids`` of packed rows.
+
+        Returns:
+            float32 ``[B, T, L or 1, N]``: after top-k and the softmax over the selected, before the global weight.
+        """
+        inputs = _inputs(self.module, input_ids, attention_mask, None, more)
+        return np.asarray(_gates(self.xlora, self.params, **inputs))
+
+    def routing(
+        self,
+        text: str,
+        *,
+        codec: Any = None,
+        max_new_tokens: int = 0,
+        name: str | None = None,
+        config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> RoutedText:
+        """Return a text with the gates of its tokens, which displays itself in a notebook.
+
+        Args:
+            text: text, or the prompt of a text to generate.
+            codec: :class:`~xlora_jax.training.data.Codec`, the tokenizer's functions; None takes the tokenizer of the
+                base model's files.
+            max_new_tokens: number of tokens to generate; prompt and generated tokens are told apart.
+            name: title; None takes the beginning of the text.
+            config: generation settings, as in :meth:`generate`.
+            **options: fields of ``config`` to change.
+
+        Raises:
+            ValueError: the text has no tokens, or the model came from no files and there is no ``codec``.
+        """
+        if codec is None:
+            if not hasattr(type(self.origin), "codec"):
+                raise ValueError("codec: expected one, because this model came from no files; see xlora_jax.Codec")
+            codec = self.origin.codec
+        ids = list(codec.encode(text, 0)[0])
+        if codec.bos is not None and ids[:1] != [codec.bos]:
+            ids = [codec.bos, *ids]
+        if not ids:
+            raise ValueError(f"text: expected at least one token, got none of {text!r}")
+        parts: tuple[Part, ...] = (Part(0, "text"),)
+        if max_new_tokens:
+            config = dataclasses.replace(
+                config or GenerationConfig(), **options, max_new_tokens=max_new_tokens, num_return_sequences=1
+            )
+            parts = (Part(0, "prompt"), Part(len(ids), "generated"))
+            out = generate(self.xlora, self.params, np.array([ids]), None, config, experts=self._experts_on)
+            new = out.tokens[0, len(ids) :].tolist()
+            end = next((place + 1 for place, token in enumerate(new) if token in config.eos), len(new))
+            ids += new[:end]
+        elif options:
+            raise TypeError(f"options of generation need max_new_tokens: {', '.join(options)}")
+        return RoutedText(
+            pieces_of(ids, codec.decode),
+            self.gates_of(np.array([ids]))[0],
+            self.expert_names,
+            self.routing_layers,
+            parts,
+            " ".join(text.split())[:40] if name is None else name,
+        )
 
     @property
     def _experts_on(self) -> bool:

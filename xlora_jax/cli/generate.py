@@ -13,7 +13,9 @@ import typer
 
 from xlora_jax.cli.options import Adapters, Base, Quantize, Quiet, json_object, named_paths
 from xlora_jax.cli.progress import working
+from xlora_jax.cli.routing_view import show_text
 from xlora_jax.cli.terminal import say
+from xlora_jax.routing.text import Part, RoutedText, pieces_of
 
 __all__ = ["command"]
 
@@ -63,6 +65,9 @@ def command(
     stream: Annotated[
         bool | None, Option(help="Print while generating. Default: if there is one text to print.")
     ] = None,
+    show_routing: Annotated[
+        bool, Option("--show-routing", help="Print prompt and text with each token in the color of its leading expert.")
+    ] = False,
     stats: Annotated[bool, Option("--stats", help="Print tokens/s, acceptance and reads of the weights.")] = False,
     generation_config: Annotated[
         Path | None, Option(help="Read this file in place of the model's generation_config.json.")
@@ -119,6 +124,10 @@ def command(
         raise ValueError("--adapter needs --checkpoint or --gate: experts without a trained classifier have no gates")
     if weights is not None and not adapters and checkpoint is None:
         raise ValueError("--gate needs --checkpoint or --adapter: the base model alone has no experts")
+    if show_routing and checkpoint is None:
+        raise ValueError("--show-routing needs --checkpoint: the base model alone has no experts")
+    if show_routing and stream:
+        raise ValueError("--show-routing prints the whole text at its end: leave --stream out")
     with working(f"loading {base}", quiet=quiet):
         # Separate blocks compile more slowly than stacked ones, but generate faster.
         options: dict[str, Any] = {"dtype": dtype, "scan_layers": False, "quantize": quantize}
@@ -133,7 +142,7 @@ def command(
     if stream and rows > 1:
         raise ValueError(f"--stream prints one text, got {rows}: leave it out")
     constant = {} if weights is None else {"experts": weights}
-    if stream or (stream is None and rows == 1):
+    if stream or (stream is None and rows == 1 and not show_routing):
         text = TextStream(decode, stops)
         for (tokens,) in model.stream(ids, mask, config=config, **constant):
             say(text.push(tokens), nl=False)
@@ -144,6 +153,11 @@ def command(
         for row, tokens in enumerate(out.tolist()):
             if rows > 1:
                 say(f"--- {texts[row // config.num_return_sequences]!r}", dim=True)
+            if show_routing:
+                prompt_row = row // config.num_return_sequences
+                given_ids = ids[prompt_row][mask[prompt_row] != 0].tolist()
+                show_text(_routed(model, tokenizer, given_ids, _before_end(tokens, config.eos)))
+                continue
             written = decode(_before_end(tokens, config.eos))
             say(written if stops is None else stops.cut(written))
     if stats:
@@ -226,6 +240,21 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, chat: bool, system: str | N
 def _before_end(tokens: list[int], eos: Sequence[int]) -> list[int]:
     """Return the tokens before the first end-of-sequence token."""
     return tokens[: next((place for place, token in enumerate(tokens) if token in eos), len(tokens))]
+
+
+def _routed(model: Any, tokenizer: Any, prompt: list[int], new: list[int]) -> RoutedText:
+    """Return a prompt and its generated text with the gates of their tokens."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return RoutedText(
+        pieces_of([*prompt, *new], decode),
+        model.gates_of(np.array([[*prompt, *new]]))[0],
+        model.expert_names,
+        model.routing_layers,
+        (Part(0, "prompt"), Part(len(prompt), "generated")),
+    )
 
 
 def _describe(stats: Any) -> str:

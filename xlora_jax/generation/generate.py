@@ -15,6 +15,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from xlora_jax.generation.decoding import decode
 from xlora_jax.generation.given import Given
@@ -172,11 +173,13 @@ class Generated:
         tokens: int32 ``[B, T + new]``, NumPy: the prompts as given, then the new tokens, then padding.
         scalings: ``[B, T + new - 1, L or 1, N]`` by column, zero where there is no token; None if not recorded. The
             last new token has no scalings, because no token was predicted from it.
+        mask: bool ``[B, T + new - 1]``, whether a column has a token with scalings.
         stats: cost of the generation.
     """
 
     tokens: Ints
     scalings: jax.Array | None
+    mask: NDArray[np.bool_]
     stats: GenerationStats
 
 
@@ -213,8 +216,8 @@ def generate(
     tokens[:, :width] = run.input_ids
     for row, new in enumerate(new_tokens(state, run.lengths)):
         tokens[row, width : width + len(new)] = new
-    scalings = _by_column(state, run.attention_mask, run.lengths, config.max_new_tokens)
-    return Generated(tokens, scalings, run.stats(state))
+    scalings, mask = _by_column(state, run.attention_mask, run.lengths, config.max_new_tokens)
+    return Generated(tokens, scalings, mask, run.stats(state))
 
 
 def stream(
@@ -414,12 +417,12 @@ def _routed(xlora: XLora, experts: bool, given: Given | None) -> tuple[XLora, bo
     return dataclasses.replace(xlora, router="classifier"), experts
 
 
-def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> jax.Array | None:
-    """Return scalings by column of the prompts as given, from scalings by position."""
-    if state.recorded is None:
-        return None
+def _by_column(state: State, attention_mask: Ints, first: Ints, new: int) -> tuple[jax.Array | None, NDArray[np.bool_]]:
+    """Return scalings by column of the prompts as given, from scalings by position, and the columns with a token."""
     columns = first[:, None] + np.arange(new - 1)
-    position = np.concatenate([np.maximum(np.cumsum(attention_mask != 0, axis=1) - 1, 0), columns], axis=1)
     there = np.concatenate([attention_mask != 0, columns < np.array(state.length)[:, None]], axis=1)
+    if state.recorded is None:
+        return None, there
+    position = np.concatenate([np.maximum(np.cumsum(attention_mask != 0, axis=1) - 1, 0), columns], axis=1)
     scalings = jnp.take_along_axis(state.recorded, jnp.asarray(position)[:, :, None, None], axis=1)
-    return jnp.where(jnp.asarray(there)[:, :, None, None], scalings, 0)
+    return jnp.where(jnp.asarray(there)[:, :, None, None], scalings, 0), there

@@ -51,6 +51,8 @@ class TrainConfig:
         keep_checkpoints: number of the latest checkpoints to keep.
         log_every: number of steps between entries of the metrics.
         max_bad_steps: number of non-finite steps in a row that stops the run.
+        balance_steps: number of steps in a row, with an expert below 1 % or above 99 % of the gates, that gives a
+            warning; 0 gives none.
         scaling_cache: ``off``, ``memory`` or ``disk``.
         scaling_cache_dtype: element type of the cache, float32 or bfloat16.
         scaling_cache_directory: path for ``scaling_cache="disk"``; None takes ``output/scaling_cache``.
@@ -90,6 +92,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     max_bad_steps: int = 5
+    balance_steps: int = 100
     scaling_cache: str = "off"
     scaling_cache_dtype: str = "float32"
     scaling_cache_directory: str | None = None
@@ -117,7 +120,7 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "checkpoint_every"):
+        for name in ("eval_every", "checkpoint_every", "balance_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.scaling_cache not in ("off", "memory", "disk"):
@@ -151,6 +154,7 @@ class TrainConfig:
         "keep_checkpoints",
         "log_every",
         "max_bad_steps",
+        "balance_steps",
         "scaling_cache",
         "scaling_cache_directory",
         "remat",

@@ -11,7 +11,7 @@ from typing import Any
 
 from xlora_jax.atomic import open_to_append, replacing_file
 
-__all__ = ["MetricsWriter", "peak_memory"]
+__all__ = ["MetricsWriter", "peak_memory", "read_metrics"]
 
 
 class MetricsWriter:
@@ -70,14 +70,28 @@ def _keep_until(path: Path, step: int) -> None:
     """Drop entries of later steps, and an incomplete last line."""
     if not path.exists():
         return
-    kept = []
+    with replacing_file(path) as file:
+        file.writelines(line + b"\n" for line, entry in _lines(path) if entry["step"] <= step)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the entries of a run's ``metrics.jsonl``, without an incomplete last line.
+
+    Raises:
+        ValueError: a line is no entry; the message names it.
+        OSError: the file can't be read.
+    """
+    return [entry for _, entry in _lines(Path(path))]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    found = []
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line.decode("utf-8"))
-            at = entry["step"]
-            if type(at) is not int:
-                raise TypeError(f"step is {at!r:.40}")
+            if type(entry["step"]) is not int:
+                raise TypeError(f"step is {entry['step']!r:.40}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines) and not isinstance(error, KeyError | TypeError):
                 continue
@@ -85,10 +99,8 @@ def _keep_until(path: Path, step: int) -> None:
                 f"{path}, line {number}: expected a JSON object with a whole number step, got {line[:80]!r}; correct "
                 f"or remove the line, or give another output directory"
             ) from error
-        if at <= step:
-            kept.append(line + b"\n")
-    with replacing_file(path) as file:
-        file.writelines(kept)
+        found.append((line, entry))
+    return found
 
 
 def peak_memory() -> dict[str, float]:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +117,11 @@ class Records(list[Record]):
         number = index if self._numbers is None else self._numbers[index]
         at = f"{self._unit} {number}"
         return at if self._source is None else f"{self._source}, {at}"
+
+    def select(self, indices: Sequence[int]) -> Records:
+        """Return the records with these indices."""
+        numbers = [index if self._numbers is None else self._numbers[index] for index in indices]
+        return Records((self[index] for index in indices), source=self._source, unit=self._unit, numbers=numbers)
 
 
 def is_data(path: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""Statistics of a gate on a text: the weight of each expert per layer, how concentrated, and the effect on the loss.
+"""Routing of a batch of text: sums for the metrics, and the losses with and without the experts.
 
 Axes: B batch, T tokens, L adapted layers (1 if they share their gates), N experts.
 """
@@ -11,77 +11,89 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from xlora_jax.layers import mixing
-from xlora_jax.passes import Params, XLora
+from xlora_jax.passes import Params, XLora, classify, scaling_pass
+from xlora_jax.routing.metrics import RoutingSums, routing_sums
 from xlora_jax.training.losses import IGNORED_LABEL, next_token_targets
-from xlora_jax.training.step import Batch, batch_loss
+from xlora_jax.training.step import Batch, check_batch, inputs_of, scaled_loss
 
 __all__ = ["Routing", "make_routing_step"]
 
 
 @struct.dataclass
 class Routing:
-    """Sums over the predicted tokens; the sums of several batches can be added.
+    """Sums over the predicted tokens of a batch; :class:`~xlora_jax.routing.metrics.Total` adds those of several.
+
+    Losses are cross-entropies in nats, float32. Those after ``base_loss`` are None if they were not asked for.
 
     Attributes:
-        tokens: number of predicted tokens, float32.
-        loss: cross-entropy of the model, in nats.
-        base_loss: cross-entropy of its base model alone.
-        gates: ``[L, N]``, gates after top-k, before the global weight.
-        leads: ``[L, N]``, number of tokens for which the expert's gate is the largest.
-        entropy: ``[L]``, entropy of the gates as shares of their sum, in nats; log N if all gates are equal.
+        sums: sums of the gates after top-k, before the global weight.
+        loss: loss of the model.
+        base_loss: loss of its base model alone.
+        uniform_loss: loss with the gate 1/N for every expert, layer and token.
+        alone_losses: ``[N]``, loss with the gate 1 for one expert and 0 for the others.
+        without_losses: ``[N]``, loss with the gate of one expert set to 0 and the others as they are (leave one out).
     """
 
-    tokens: jax.Array
+    sums: RoutingSums
     loss: jax.Array
     base_loss: jax.Array
-    gates: jax.Array
-    leads: jax.Array
-    entropy: jax.Array
-
-    def __add__(self, other: Routing) -> Routing:
-        """Add the sums of two batches."""
-        total: Routing = jax.tree.map(jnp.add, self, other)
-        return total
-
-    def mean(self) -> Routing:
-        """Return the sums divided by the number of tokens, which is kept."""
-        means: Routing = jax.tree.map(lambda total: total / self.tokens, self)
-        return means.replace(tokens=self.tokens)  # type: ignore[attr-defined,no-any-return]
+    uniform_loss: jax.Array | None = None
+    alone_losses: jax.Array | None = None
+    without_losses: jax.Array | None = None
 
 
-def make_routing_step(xlora: XLora, *, loss_chunk: int = 256) -> Callable[[Params, Batch], Routing]:
+def make_routing_step(
+    xlora: XLora, *, effects: bool = False, loss_chunk: int = 256
+) -> Callable[[Params, Batch], Routing]:
     """Make the jitted function ``(params, batch) -> Routing``.
 
-    A batch is as in :func:`~xlora_jax.training.step.batch_loss`.
+    Args:
+        xlora: static description of the model.
+        effects: whether to compute each expert's effect on the loss too, which costs 2N + 1 more passes.
+        loss_chunk: number of positions of a row whose logits exist at a time.
+
+    Returns:
+        The function. A batch is as in :func:`~xlora_jax.training.step.batch_loss`.
 
     Raises:
         ValueError: on the call, if the model classifies.
     """
+    config, count = xlora.config, xlora.num_experts
     # With expert weights of zero the base model remains.
-    alone = dataclasses.replace(xlora, config=dataclasses.replace(xlora.config, global_scaling_weight=0.0))
+    alone = dataclasses.replace(xlora, config=dataclasses.replace(config, global_scaling_weight=0.0))
+    # Takes gates as they are.
+    fixed = dataclasses.replace(xlora, config=dataclasses.replace(config, top_k_lora=None, enable_softmax_topk=False))
 
     def step(params: Params, batch: Batch) -> Routing:
-        loss, _, scalings = batch_loss(xlora, {}, params, batch, loss_chunk=loss_chunk)
-        base_loss, _, _ = batch_loss(alone, {}, params, batch, loss_chunk=loss_chunk)
-        counted = (next_token_targets(batch["labels"], batch.get("segment_ids")) != IGNORED_LABEL).astype(jnp.float32)
-        gates = mixing.layer_gates(
-            scalings.astype(jnp.float32),
-            top_k=xlora.config.top_k_lora,
-            softmax_selected=xlora.config.enable_softmax_topk,
+        check_batch(xlora, batch)
+        hidden = batch.get("scaling_hidden")
+        if hidden is None:
+            hidden, _ = scaling_pass(xlora, params, **inputs_of(batch))
+        scalings = classify(xlora, params, hidden.astype(xlora.module.dtype))
+        gates = mixing.layer_gates(scalings, top_k=config.top_k_lora, softmax_selected=config.enable_softmax_topk)
+
+        def loss_of(gates: jax.Array, model: XLora = fixed) -> jax.Array:
+            return scaled_loss(model, {}, params, batch, gates, loss_chunk=loss_chunk)
+
+        counted = next_token_targets(batch["labels"], batch.get("segment_ids")) != IGNORED_LABEL
+        routing = Routing(
+            sums=routing_sums(gates, counted, segment_ids=batch.get("segment_ids")),
+            loss=loss_of(gates),
+            base_loss=loss_of(gates, alone),
         )
-        total = gates.sum(axis=-1, keepdims=True)
-        shares = gates / jnp.where(total == 0, 1, total)
-        entropy = -(shares * jnp.log(jnp.where(shares > 0, shares, 1))).sum(axis=-1)
-        leads = jax.nn.one_hot(gates.argmax(axis=-1), xlora.num_experts)
-        return Routing(
-            tokens=counted.sum(),
-            loss=loss,
-            base_loss=base_loss,
-            gates=jnp.einsum("btln,bt->ln", gates, counted),
-            leads=jnp.einsum("btln,bt->ln", leads, counted),
-            entropy=jnp.einsum("btl,bt->l", entropy, counted),
+        if not effects:
+            return routing
+        one, none = jnp.eye(count, dtype=gates.dtype), jnp.zeros((count, count), gates.dtype)
+        # Each variant keeps a part of the gates and adds constants.
+        kept = jnp.concatenate([none, 1 - one, none[:1]])
+        added = jnp.concatenate([one, none, jnp.full((1, count), 1 / count, gates.dtype)])
+        losses = lax.map(lambda variant: loss_of(gates * variant[0] + variant[1]), (kept, added))
+        changed: Routing = routing.replace(  # type: ignore[attr-defined]
+            alone_losses=losses[:count], without_losses=losses[count:-1], uniform_loss=losses[-1]
         )
+        return changed
 
     return jax.jit(step)

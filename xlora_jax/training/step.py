@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from xlora_jax.config import XLoraConfig
 from xlora_jax.layers import mixing
 from xlora_jax.passes import Params, XLora, classify, real_pass, scaling_pass, unembed
+from xlora_jax.routing.metrics import layer_mean, routing_sums
 from xlora_jax.sharding import keep_batch_split
 from xlora_jax.token_ids import check_token_ids
 from xlora_jax.training.losses import (
@@ -40,11 +41,14 @@ __all__ = [
     "TrainState",
     "batch_loss",
     "causal_lm_loss",
+    "check_batch",
     "init_train_state",
+    "inputs_of",
     "make_eval_step",
     "make_scaling_step",
     "make_train_step",
     "merge_params",
+    "scaled_loss",
     "split_params",
 ]
 
@@ -161,17 +165,9 @@ def batch_loss(
     Raises:
         ValueError: the model classifies.
     """
-    if (kind := getattr(xlora.module.config, "head", "lm")) != "lm":
-        raise ValueError(
-            f"the base model has a head that classifies ({kind!r}), which has no next token to predict: train it with "
-            f"xlora_jax.training.classification.make_objective_step"
-        )
-    unknown = sorted(set(batch) - set(BATCH_KEYS))
-    if unknown:
-        raise ValueError(f"batch: expected only {', '.join(BATCH_KEYS)}, got {', '.join(unknown)} as well")
+    check_batch(xlora, batch)
     params = merge_params(trainable, frozen)
     rngs = dict(rngs or {})
-    inputs: dict[str, Any] = {key: batch[key] for key in _INPUTS if key in batch}
     lora_rngs: list[dict[str, jax.Array]] = [{}, {}]
     if "lora_dropout" in rngs:
         lora_rngs = [{"lora_dropout": key} for key in jax.random.split(rngs["lora_dropout"])]
@@ -180,7 +176,7 @@ def batch_loss(
     if xlora.arrow is not None:
         return _arrow_loss(xlora, params, batch, inputs, loss_chunk)
     if hidden is None:
-        hidden, _ = scaling_pass(xlora, params, rngs=lora_rngs[0], **inputs)
+        hidden, _ = scaling_pass(xlora, params, rngs=lora_rngs[0], **inputs_of(batch))
     hidden = hidden.astype(xlora.module.dtype)
     dropout = {key: rng for key, rng in rngs.items() if key == "dropout"}
     extra = jnp.float32(0)
@@ -195,12 +191,31 @@ def batch_loss(
     else:
         scalings = classify(xlora, params, hidden, rngs=dropout)
 
+    total = scaled_loss(xlora, trainable, frozen, batch, scalings, rngs=lora_rngs[1], loss_chunk=loss_chunk)
+    return total, extra, scalings
+
+
+def scaled_loss(
+    xlora: XLora,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    scalings: jax.Array,
+    *,
+    rngs: Mapping[str, jax.Array] | None = None,
+    loss_chunk: int = 256,
+) -> jax.Array:
+    """Return the sum of the tokens' cross-entropy (float32) with given ``scalings [B, T, L or 1, N]``: the real pass.
+
+    The other arguments are those of :func:`batch_loss`.
+    """
+    params = merge_params(trainable, frozen)
     whole = getattr(xlora.module, "whole_logits", False)
-    out = real_pass(xlora, params, scalings, rngs=lora_rngs[1], with_logits=whole, **inputs)
+    out = real_pass(xlora, params, scalings, rngs=rngs, with_logits=whole, **inputs_of(batch))
     targets = next_token_targets(batch["labels"], batch.get("segment_ids"))
     if whole:
         assert out.logits is not None
-        return summed_cross_entropy(out.logits, targets), extra, scalings
+        return summed_cross_entropy(out.logits, targets)
     head_path = getattr(xlora.module, "head_path", ("lm_head",))
     of_head = {path: leaf for path, leaf in flatten(params["experts"]).items() if path[:-1] == head_path}
     head_scalings = scalings if of_head else None
@@ -209,10 +224,30 @@ def batch_loss(
         return unembed(xlora, merge_params(learned, rest), hidden, scalings)
 
     learned = {path: leaf for path, leaf in flatten(trainable).items() if path[:-1] == ("experts", *head_path)}
-    total = chunked_cross_entropy(
+    return chunked_cross_entropy(
         head, unflatten(learned), frozen, out.hidden_states, head_scalings, targets, loss_chunk
     )
-    return total, extra, scalings
+
+
+def inputs_of(batch: Batch) -> dict[str, Any]:
+    """Return the inputs of the base model in a batch."""
+    return {key: batch[key] for key in _INPUTS if key in batch}
+
+
+def check_batch(xlora: XLora, batch: Batch) -> None:
+    """Check the keys of a batch, and that the model predicts tokens.
+
+    Raises:
+        ValueError: the model classifies, or the batch has an unknown key.
+    """
+    if (kind := getattr(xlora.module.config, "head", "lm")) != "lm":
+        raise ValueError(
+            f"the base model has a head that classifies ({kind!r}), which has no next token to predict: train it with "
+            f"xlora_jax.training.classification.make_objective_step"
+        )
+    unknown = sorted(set(batch) - set(BATCH_KEYS))
+    if unknown:
+        raise ValueError(f"batch: expected only {', '.join(BATCH_KEYS)}, got {', '.join(unknown)} as well")
 
 
 def _arrow_loss(
@@ -237,6 +272,16 @@ def _count(batch: Batch) -> jax.Array:
     return (next_token_targets(cast(jax.Array, fold[0]), fold[1]) != IGNORED_LABEL).sum()
 
 
+def _routing_of(xlora: XLora, batch: Batch, scalings: jax.Array) -> dict[str, jax.Array]:
+    """Return the sums of :func:`~xlora_jax.routing.metrics.layer_mean` over the predicted tokens of a batch."""
+    segments = batch.get("segment_ids")
+    counted = next_token_targets(batch["labels"], segments) != IGNORED_LABEL
+    gates = mixing.layer_gates(
+        scalings, top_k=xlora.config.top_k_lora, softmax_selected=xlora.config.enable_softmax_topk
+    )
+    return layer_mean(routing_sums(gates, counted, segment_ids=segments))
+
+
 class _CheckedStep:
     """A jitted step that first checks its batch on the host."""
 
@@ -259,7 +304,7 @@ def make_train_step(
     regularizers: Regularizers | None = None,
     mesh: Mesh | None = None,
     state_shardings: Any = None,
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Any]]]:
     """Make the jitted step ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
 
     The classifier's dropout and the experts' ``lora_dropout`` are on, as in PEFT's training mode. The loss is the mean
@@ -278,7 +323,8 @@ def make_train_step(
     Returns:
         The step. A batch is as in :func:`batch_loss`; its ids and labels are checked against the vocabulary on the
         host. Metrics are float32 scalars: ``loss`` (cross-entropy per token), ``regularization`` (if there are
-        additional terms), ``grad_norm``, ``tokens`` (number of predicted tokens), ``finite``.
+        additional terms), ``grad_norm``, ``tokens`` (number of predicted tokens), ``finite``. ``routing`` is a mapping
+        of sums over the predicted tokens, see :func:`~xlora_jax.routing.metrics.layer_mean`.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
@@ -288,7 +334,7 @@ def make_train_step(
     def loss_of(trainable: Params, frozen: Params, batch: Batch, rng: jax.Array, count: jax.Array) -> Any:
         dropout, lora_dropout = jax.random.split(rng)
         with keep_batch_split(mesh):
-            total, extra, _ = batch_loss(
+            total, extra, scalings = batch_loss(
                 xlora,
                 trainable,
                 frozen,
@@ -297,16 +343,17 @@ def make_train_step(
                 loss_chunk=loss_chunk,
                 regularizers=regularizers,
             )
+            routing = _routing_of(xlora, batch, lax.stop_gradient(scalings))
         loss, extra = total / count, extra / accumulate
-        return loss + extra, (loss, extra)
+        return loss + extra, (loss, extra, routing)
 
     gradient_of = jax.grad(loss_of, has_aux=True)
 
-    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         rng = jax.random.fold_in(state.rng, state.step)
         count = jnp.maximum(_count(batch), 1).astype(jnp.float32)
         if accumulate == 1:
-            gradients, (loss, extra) = gradient_of(state.trainable, frozen, batch, rng, count)
+            gradients, (loss, extra, routing) = gradient_of(state.trainable, frozen, batch, rng, count)
         else:
 
             def micro(carry: Any, part: Any) -> tuple[Any, None]:
@@ -314,8 +361,13 @@ def make_train_step(
                 more = gradient_of(state.trainable, frozen, micro_batch, jax.random.fold_in(rng, number), count)
                 return jax.tree.map(jnp.add, carry, more), None
 
-            start = (jax.tree.map(jnp.zeros_like, state.trainable), (jnp.float32(0), jnp.float32(0)))
-            (gradients, (loss, extra)), _ = lax.scan(micro, start, (jnp.arange(accumulate), dict(batch)))
+            first = jax.tree.map(lambda array: array[0], dict(batch))
+            shapes = jax.eval_shape(gradient_of, state.trainable, frozen, first, rng, count)
+            start = (
+                jax.tree.map(jnp.zeros_like, state.trainable),
+                jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1]),
+            )
+            (gradients, (loss, extra, routing)), _ = lax.scan(micro, start, (jnp.arange(accumulate), dict(batch)))
 
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(extra) & jnp.isfinite(norm)
@@ -333,10 +385,11 @@ def make_train_step(
             state.skipped + bad,
             (state.skipped_in_row + bad) * bad,
         )
-        metrics = {"loss": loss, "grad_norm": norm, "tokens": _count(batch).astype(jnp.float32)}
+        metrics: dict[str, Any] = {"loss": loss, "grad_norm": norm, "tokens": _count(batch).astype(jnp.float32)}
         if regularizers:
             metrics["regularization"] = extra
         metrics["finite"] = finite.astype(jnp.float32)
+        metrics["routing"] = routing
         return state, metrics
 
     return _CheckedStep(xlora, jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)))

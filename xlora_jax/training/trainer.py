@@ -173,7 +173,9 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.log = RunLog(config, None if self.own_optimizer else config.make_schedule(), on_metrics)
+        self.log = RunLog(
+            config, None if self.own_optimizer else config.make_schedule(), on_metrics, model.expert_names
+        )
         self.stop = Preemption()
         self.checkpoints: Checkpoints | None = None
         self._saved = 0

@@ -1,0 +1,1 @@
+"""The choice of experts made visible: metrics, logs, the report's page and plots."""
