@@ -174,7 +174,7 @@ def batch_loss(
 
     hidden = batch.get("scaling_hidden")
     if xlora.arrow is not None:
-        return _arrow_loss(xlora, params, batch, inputs, loss_chunk)
+        return _arrow_loss(xlora, params, batch, inputs_of(batch), loss_chunk)
     if hidden is None:
         hidden, _ = scaling_pass(xlora, params, rngs=lora_rngs[0], **inputs_of(batch))
     hidden = hidden.astype(xlora.module.dtype)
