@@ -259,8 +259,10 @@ def _count_parts(kernel: QuantizedKernel) -> int:
 def _split(kernel: QuantizedKernel, parts: int) -> QuantizedKernel:
     """Return the kernel with a leading axis of parts; a single scale is repeated."""
     if _one_scale(kernel):
-        kernel = kernel.replace(scales=jnp.broadcast_to(kernel.scales, (parts, kernel.shape[-1])))
-    return jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[-1]), kernel)
+        scales = jnp.broadcast_to(kernel.scales, (parts, kernel.shape[-1]))
+        kernel = QuantizedKernel(kernel.codes, scales, kind=kernel.kind)
+    split: QuantizedKernel = jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[-1]), kernel)
+    return split
 
 
 def _levels(kernel: QuantizedKernel, dtype: jax.typing.DTypeLike, one_scale: bool) -> jax.Array:
