@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def show_times(rows: list[int], repeats: int) -> None:
     for count in rows:
         x = jnp.asarray(np.random.default_rng(1).normal(size=(count, DEPTH)), jnp.float32)
         for title, function in (("product", forward), ("gradient", gradient)):
-            calls = {name: lambda kernel=kernel: function(x, kernel) for name, kernel in found.items()}  # noqa: B023
+            calls: dict[str, Callable[[], Any]] = {name: partial(function, x, kernel) for name, kernel in found.items()}
             times = seconds(calls, repeats)
             cells = [f"{1e3 * taken:.2f} ({taken / times['float32']:.1f})" for taken in times.values()]
             print(f"{count:5} {title:10}" + "".join(f"{cell:>20}" for cell in cells))

@@ -69,7 +69,7 @@ def decode_gptq(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], 
         depth, width = packed.shape[0] * count, packed.shape[1]
         order = parts.get(f"{module}.g_idx")
         if order is not None:
-            groups = np.arange(depth) // (depth // max(1, scales.shape[0]))
+            groups = np.arange(depth) // max(1, depth // max(1, scales.shape[0]))
             if order.shape != (depth,) or not np.array_equal(order.read(), groups):
                 raise FormatError(
                     f"{order.file}: {order.name!r}: the inputs of a group are not consecutive (desc_act, act-order), "
@@ -136,6 +136,13 @@ def decode_compressed(
             packed = [(stored, (shape[0], shape[1] * bits // 32))]
         count = 1 if scales.shape in ((), (1,)) else scales.shape[-1]
         half = 2 ** (bits - 1)
+        if zeros is not None and zeros.dtype == np.int32:
+            packed.append((zeros, (-(-shape[0] * bits // 32), count)))
+        elif zeros is not None and (zeros.dtype != np.int8 or math.prod(zeros.shape) != math.prod(scales.shape)):
+            raise FormatError(
+                f"{zeros.file}: tensor {zeros.name!r}: expected a zero point in int8 for each of the scales "
+                f"{list(scales.shape)}, or int32 with several, got {zeros.dtype} {list(zeros.shape)}."
+            )
 
         def read_zeros() -> NDArray[Any]:
             assert zeros is not None

@@ -11,7 +11,7 @@ from interop.hf.quantized.bitsandbytes import decode as decode_bitsandbytes
 from interop.hf.quantized.gguf import open_gguf
 from interop.hf.quantized.packed import decode_awq, decode_compressed, decode_gptq
 from interop.storage.errors import FormatError, brief
-from interop.storage.files import read_json
+from interop.storage.files import file_in, read_json
 from interop.storage.tensors import LazyTensor, open_tensors
 
 __all__ = ["QUANTIZATION_FIELDS", "method_of", "open_weights"]
@@ -69,7 +69,9 @@ def open_weights(directory: Path) -> tuple[dict[str, LazyTensor], str | None]:
         FormatError: a file is broken or of a form that is not supported.
         FileNotFoundError: there are no weights.
     """
-    config_file = directory / "config.json"
+    config_file = file_in(directory, "config.json")
+    if config_file is None:
+        raise FileNotFoundError(f"{directory}: no config.json; expected the directory of an HF base model.")
     content = read_json(config_file)
     if not any(directory.glob("*.safetensors*")) and not any(directory.glob("*.bin*")):
         files = sorted(directory.glob("*.gguf"))
@@ -78,8 +80,8 @@ def open_weights(directory: Path) -> tuple[dict[str, LazyTensor], str | None]:
                 f"{directory}: expected one .gguf file, got {', '.join(file.name for file in files)}. Leave the one to "
                 f"use; for a model in several parts, merge them with llama-gguf-split --merge."
             )
-        if files:
-            return open_gguf(files[0], content), "GGUF"
+        if files and (file := file_in(directory, files[0].name)) is not None:
+            return open_gguf(file, content), "GGUF"
     tensors = open_tensors(directory)
     method = method_of(content, config_file)
     if method is None:

@@ -72,6 +72,13 @@ def test_a_run_on_a_quantized_base_is_resumed_bit_for_bit(text_files, tmp_path):
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     assert run("--quantize", "nf4") == undisturbed
+    base = ["--base", text_files[1], "--checkpoint", tmp_path / "run" / "model", "--quantize", "nf4"]
+    for command in (
+        ["generate", *base, "--prompt", "abc", "--max-new-tokens", 2],
+        ["report", *base, "--data", f"held={text_files[0] / 'held.jsonl'}", "--length", 32],
+    ):
+        done = invoke(command)
+        assert done.exit_code == 0, done.output
     # The same run on another base is another run.
     done = invoke(arguments(text_files, tmp_path / "run"))
     assert done.exit_code != 0

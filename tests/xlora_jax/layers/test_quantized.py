@@ -74,11 +74,14 @@ def test_zeros_and_tiny_weights_stay_finite(kind):
 ])  # fmt: skip
 def test_product_and_gradient_are_those_of_the_values(monkeypatch, kind, group, offsets, backend):
     monkeypatch.setattr(quantized, "target_backend", lambda: backend)
-    kernel = quantize(random_weight(64, 40), kind, group)
+    # With two or four parts on a CPU, as a large kernel has.
+    monkeypatch.setattr(quantized, "_PART", 640)
+    kernel = quantize(random_weight(128, 40), kind, group)
+    assert (quantized._count_parts(kernel) > 1) == (backend == "cpu")
     kernel = with_offsets(kernel) if offsets else kernel
     values = np.asarray(dequantize(kernel), np.float64)
     for rows in ((1, 1), (2, 3), (5, 20)):
-        x, cotangent = random_weight(*rows, 64, seed=1), random_weight(*rows, 40, seed=2)
+        x, cotangent = random_weight(*rows, 128, seed=1), random_weight(*rows, 40, seed=2)
         y, pull = jax.vjp(lambda x: quantized.matmul(x, kernel), x)
         np.testing.assert_allclose(y, x @ values, atol=2e-4)
         np.testing.assert_allclose(pull(cotangent)[0], cotangent @ values.T, atol=2e-4)
@@ -153,6 +156,30 @@ def test_no_kernel_in_floating_point_is_kept_for_the_backward_pass(kind, monkeyp
     # Without a rule of its own, the product does keep them; so this test would notice.
     monkeypatch.setattr(quantized, "matmul", lambda x, kernel: x @ dequantize(kernel, x.dtype))
     assert kept() == stacks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_passes_and_a_gradient_share_no_kernel_in_floating_point(kind, monkeypatch):
+    monkeypatch.setattr(quantized, "_PART", 2**12)
+    kernels = [quantize(random_weight(256, 256, seed=seed), kind) for seed in range(6)]
+
+    def temporaries(product):
+        """Return the size of the temporaries of two passes, whose second one is differentiated."""
+
+        def run(x, kernels):
+            for kernel in kernels:
+                x = jnp.tanh(product(x, kernel))
+            return x
+
+        def loss(x, kernels):
+            return run(x + run(jax.lax.stop_gradient(x), kernels), kernels).sum()
+
+        return jax.jit(jax.grad(loss)).lower(random_weight(2, 256), kernels).compile().memory_analysis()
+
+    all_kernels = 6 * 256 * 256 * 4
+    assert temporaries(quantized.matmul).temp_size_in_bytes < all_kernels / 2
+    # Without loops, XLA converts each kernel once and keeps it. So this test would notice.
+    assert temporaries(lambda x, kernel: x @ dequantize(kernel)).temp_size_in_bytes >= all_kernels
 
 
 def test_codes_and_scales_are_split_over_the_axes_of_their_kernel():

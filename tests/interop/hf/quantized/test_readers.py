@@ -237,6 +237,17 @@ def test_compressed_tensors(source, tmp_path, bits, form, group, symmetric):
     assert ("quantized activations" in told) == (group is None)
 
 
+@pytest.mark.parametrize("zeros", [np.zeros((5, 2), np.int32), np.zeros((5, 2), np.int8), np.zeros((2, 2), np.float16)])
+def test_misshapen_zero_points_are_named(source, tmp_path, zeros):
+    def one(weight):
+        codes, scales, _ = integers(weight, 8, 32, symmetric=True)
+        return {"weight": (codes - 128).astype(np.int8), "weight_scale": scales, "weight_zero_point": zeros}, weight
+
+    directory, _ = convert(source, tmp_path, one, {"quant_method": "compressed-tensors", "format": "int-quantized"})
+    with pytest.raises(FormatError, match=r"_proj.weight_zero_point': expected .*got (int|float)\d+ \["):
+        load_base(directory)
+
+
 def random_blocks(kind, rows, depth, seed=0):
     """Return random bytes of a type of GGUF, with finite scales in float16."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
