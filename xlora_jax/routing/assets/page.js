@@ -470,9 +470,9 @@
       el("header", {}, el("h1", {}, report.title), findings()), tiles(),
       el("div", { class: "bar" }, legend()),
       data.samples.length ? panel("Token by token", "", tokenView(data.samples)) : null,
-      usage(), gateMaps(),
+      usage(), L > 1 ? gateMaps() : el("div", { class: "pair" }, gateMaps(), pairs()),
       el("div", { class: "pair" }, byLayer("entropy", L > 1 ? "Entropy by layer" : "Entropy", "0: one expert has all the weight of a token. 1: all experts have the same."), byLayer("change", "Change from token to token", "Distance between the weights of neighboring tokens: 0 if nothing changes, 1 if everything does.")),
-      losses(), el("div", { class: "pair" }, pairs()),
+      losses(), L > 1 ? el("div", { class: "pair" }, pairs()) : null,
       report.training ? el("div", { class: "pair" }, training()) : null,
       foot(),
     ].filter(Boolean));
