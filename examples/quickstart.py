@@ -3,7 +3,7 @@
     python examples/quickstart.py      (or: make demo)
 
 Four LoRA adapters, made by PEFT, each know one kind of text. A small classifier learns which adapter each token needs.
-Then held-out losses are compared, and PEFT loads the export and must give the same logits.
+Then held-out losses are compared, PEFT loads the export and must give the same logits, and a page shows the routing.
 
 quickstart_assets.py makes the base model and the adapters once and keeps them. They stand in for your own.
 """
@@ -15,11 +15,10 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,7 +30,19 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from interop import load_base, load_xlora, save_xlora
-from xlora_jax import XLoraConfig, XLoraModel, causal_lm_loss, init_train_state, make_train_step, merge_params
+from xlora_jax import (
+    RoutedText,
+    RoutingReport,
+    Rows,
+    XLoraConfig,
+    XLoraModel,
+    init_train_state,
+    make_train_step,
+    merge_params,
+    report_routing,
+)
+from xlora_jax.routing.metrics import log_values
+from xlora_jax.routing.text import Part, pieces_of
 
 HERE = Path(__file__).parent
 COLORS = dict(zip(DOMAINS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
@@ -78,15 +89,24 @@ def main() -> int:
     base = load_base(assets.base)
     config = XLoraConfig(hidden_size=base.module.config.hidden_size, adapters=assets.adapters)
     model = load_xlora(base, config=config)
-    model = train_gate(model, batches(list(assets.train.values()), BATCH, seed=2), arguments.steps, console)
+    model, history = train_gate(model, batches(list(assets.train.values()), BATCH, seed=2), arguments.steps, console)
 
-    console.rule("3. Loss on held-out text, in nats per token")
+    console.rule("3. Generated text, each token in the color of its leading expert")
+    written = written_texts(model, tokenizer)
+    console.print(text_table(written))
+
+    console.rule("4. Loss on held-out text, in nats per token")
     held_out = {domain: rows[:HELD_OUT_ROWS] for domain, rows in assets.held_out.items()}
-    losses = held_out_losses(model, held_out)
+    tour = model.routing(TOUR, name="a tour")
+    report = report_routing(
+        model,
+        {domain: Rows.from_tokens(rows) for domain, rows in held_out.items()},
+        effects=True,
+        samples=[tour, *written],
+        training=history,
+    )
+    losses = losses_of(report)
     console.print(loss_table(losses))
-
-    console.rule("4. Generated text, each token in the color of its leading expert")
-    console.print(written_text(model, tokenizer))
 
     console.rule("5. Export, and reload in PEFT")
     exported = arguments.output / "xlora"
@@ -96,16 +116,16 @@ def main() -> int:
     )
     console.print(f"{exported} loaded by PeftModel.from_pretrained: ||ours - PEFT's|| / ||PEFT's|| = {difference:.1e}")
 
-    console.rule("6. A picture")
+    console.rule("6. A picture, and a page")
     picture = arguments.output / "experts.png"
     shares = {
-        domain: dict(zip(model.expert_names, gates(model, rows).mean((0, 1)).tolist(), strict=True))
-        for domain, rows in held_out.items()
+        domain: dict(zip(model.expert_names, np.mean(entry["mean_gates"], axis=0).tolist(), strict=True))
+        for domain, entry in report.content["texts"].items()
     }
-    tour = tokenizer(TOUR, return_tensors="np")["input_ids"]
-    pieces = tokenizer.batch_decode(tour[0, 1:, None])
-    draw(picture, tokens=pieces, gates=gates(model, tour)[0, 1:], shares=shares, losses=losses, colors=COLORS)
+    gates = tour.gates.mean(axis=1)
+    draw(picture, tokens=tour.tokens[1:], gates=gates[1:], shares=shares, losses=losses, colors=COLORS)
     console.print(str(picture))
+    page = report.write(arguments.output / "report")
 
     failures = verdict(losses, difference)
     seconds = {"assets": prepared - start, "rest": time.perf_counter() - prepared}
@@ -116,36 +136,43 @@ def main() -> int:
     if not failures:
         console.print("[bold green]Better than base and uniform mix on every domain, within 5% of its own expert.")
     console.print(f"{seconds['assets']:.0f} s for base and adapters, {seconds['rest']:.0f} s for the rest")
+    console.print("The routing report, to open in a browser:")
+    console.print(str(page), soft_wrap=True)
     return 1 if failures else 0
 
 
-def train_gate(model: XLoraModel, rows: Iterator[np.ndarray], steps: int, console: Console) -> XLoraModel:
-    """Train the classifier on mixed text; base and experts are frozen."""
+def train_gate(
+    model: XLoraModel, rows: Iterator[np.ndarray], steps: int, console: Console
+) -> tuple[XLoraModel, list[dict[str, Any]]]:
+    """Train the classifier on mixed text, with base and experts frozen; return the model and the metrics by step."""
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
     state, frozen = init_train_state(model.params, model.config, optimizer)
     step = make_train_step(model.xlora, optimizer)
+    history = []
     with progress_bar(console) as progress:
         task = progress.add_task("gate, on mixed text", total=steps, loss=float("nan"))
-        for tokens in itertools.islice(rows, steps):
+        for number, tokens in enumerate(itertools.islice(rows, steps), 1):
             state, metrics = step(state, frozen, {"input_ids": jnp.asarray(tokens), "labels": jnp.asarray(tokens)})
-            progress.update(task, advance=1, loss=float(metrics["loss"]))
-    return model.replace(params=merge_params(state.trainable, frozen))
+            loss = float(metrics["loss"])
+            routing = log_values(metrics["routing"], model.expert_names)
+            history.append({"step": number, "kind": "train", "loss": loss, **routing})
+            progress.update(task, advance=1, loss=loss)
+    return model.replace(params=merge_params(state.trainable, frozen)), history
 
 
-def held_out_losses(model: XLoraModel, held_out: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def losses_of(report: RoutingReport) -> dict[str, dict[str, float]]:
     """Return variant -> domain -> loss: the base, each expert alone, all experts at 1/n, and the trained gate."""
-    n = len(model.expert_names)
-    constant = {f"expert {name}": one_hot for name, one_hot in zip(model.expert_names, np.eye(n), strict=True)}
-    variants = {"base": None, **constant, "uniform mix": np.full(n, 1 / n), "X-LoRA": None}
-    losses: dict[str, dict[str, float]] = {}
-    for variant, scalings in variants.items():
-        losses[variant] = {}
-        for domain, rows in held_out.items():
-            with model.disable_adapter() if variant == "base" else nullcontext():
-                logits = model(rows, scalings=scalings).logits
-            assert logits is not None
-            losses[variant][domain] = float(causal_lm_loss(logits, jnp.asarray(rows)))
-    return losses
+    texts = report.content["texts"]
+    alone = {
+        f"expert {name}": {domain: entry["effects"]["alone"][number] for domain, entry in texts.items()}
+        for number, name in enumerate(report.content["experts"])
+    }
+    return {
+        "base": {domain: entry["base_loss"] for domain, entry in texts.items()},
+        **alone,
+        "uniform mix": {domain: entry["effects"]["uniform"] for domain, entry in texts.items()},
+        "X-LoRA": {domain: entry["loss"] for domain, entry in texts.items()},
+    }
 
 
 def loss_table(losses: dict[str, dict[str, float]]) -> Table:
@@ -160,28 +187,39 @@ def loss_table(losses: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def gates(model: XLoraModel, tokens: jax.typing.ArrayLike, mask: np.ndarray | None = None) -> np.ndarray:
-    """Return the gates of each token, float [B, T, N], averaged over the adapted layers."""
-    scalings: np.ndarray = np.asarray(model(tokens, attention_mask=mask).scalings).mean(axis=2)
-    return scalings
-
-
-def written_text(model: XLoraModel, tokenizer: PreTrainedTokenizerFast) -> Table:
-    """Return one continuation for each domain, generated as one batch padded on the left."""
+def written_texts(model: XLoraModel, tokenizer: PreTrainedTokenizerFast) -> list[RoutedText]:
+    """Return one continuation for each domain with its gates, generated as one batch padded on the left."""
     prompts = tokenizer(list(PROMPTS.values()), padding=True, return_tensors="np")
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
-    tokens = model.generate(ids, mask, max_new_tokens=64, do_sample=True, temperature=0.4)
-    length = ids.shape[1]
-    full_mask = np.pad(mask, ((0, 0), (0, tokens.shape[1] - length)), constant_values=1)
-    leaders = gates(model, tokens, full_mask).argmax(-1)
+    tokens = np.asarray(model.generate(ids, mask, max_new_tokens=64, do_sample=True, temperature=0.4))
+    width = ids.shape[1]
+    full_mask = np.pad(mask, ((0, 0), (0, tokens.shape[1] - width)), constant_values=1)
+    gates = model.gates_of(tokens, full_mask)
+    texts = []
+    for row, domain in enumerate(PROMPTS):
+        own = full_mask[row] != 0
+        texts.append(
+            RoutedText(
+                pieces_of(tokens[row, own].tolist(), lambda ids: str(tokenizer.decode(list(ids)))),
+                gates[row, own],
+                model.expert_names,
+                model.routing_layers,
+                (Part(0, "prompt"), Part(int(mask[row].sum()), "generated")),
+                domain,
+            )
+        )
+    return texts
 
+
+def text_table(texts: Sequence[RoutedText]) -> Table:
+    """Return a table of prompts and continuations, each new token in the color of its leading expert."""
     table = Table("prompt", "continuation", show_lines=True)
-    for i, prompt in enumerate(PROMPTS.values()):
+    for written in texts:
+        start = written.parts[-1].start
         text = Text()
-        pieces = tokenizer.batch_decode(np.asarray(tokens[i, length:, None]))
-        for piece, leader in zip(pieces, leaders[i, length:], strict=True):
-            text.append(piece, COLORS[model.expert_names[leader]])
-        table.add_row(Text(prompt), text)
+        for piece, leader in zip(written.tokens[start:], written.leaders[start:], strict=True):
+            text.append(piece, COLORS[written.expert_names[leader]])
+        table.add_row(Text(PROMPTS[written.name]), text)
     return table
 
 

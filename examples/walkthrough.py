@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from interop import codec_of, load_xlora, save_xlora
-from xlora_jax import Rows, TrainConfig, encode_records, lay_out, make_routing_step, train
+from xlora_jax import Rows, TrainConfig, encode_records, lay_out, report_routing, train
 
 assets = prepare(Path(".cache/quickstart"), Console(quiet=True))
 base, adapters = assets.base, assets.adapters
@@ -73,21 +73,16 @@ for name, rows in train_rows.items():
 #
 # For each held-out text: the mean gate of each expert, the loss of the base model alone and the loss with the experts.
 
+
 # %%
-routing_step = make_routing_step(model.xlora)
-
-
 def show_routing(title: str) -> None:
     """Print the losses and draw the mean gates."""
     _, panel = plt.subplots(figsize=(7, 2.5), layout="constrained")
     left = np.zeros(len(held_out_rows))
-    means = {
-        name: routing_step(model.params, {key: array[:16] for key, array in rows.arrays.items()}).mean()
-        for name, rows in held_out_rows.items()
-    }
-    for name, mean in means.items():
-        print(f"{title}, {name}: base {float(mean.base_loss):.3f}, X-LoRA {float(mean.loss):.3f} nats per token")
-    gates = np.stack([np.asarray(mean.gates).mean(axis=0) for mean in means.values()])
+    report = report_routing(model, held_out_rows, max_rows=16).content["texts"]
+    for name, entry in report.items():
+        print(f"{title}, {name}: base {entry['base_loss']:.3f}, X-LoRA {entry['loss']:.3f} nats per token")
+    gates = np.stack([np.mean(entry["mean_gates"], axis=0) for entry in report.values()])
     for expert, share in zip(model.expert_names, gates.T, strict=True):
         panel.barh(list(held_out_rows), share, left=left, label=expert)
         left += share
@@ -116,6 +111,12 @@ show_routing("after training")
 # %%
 written = model.generate(tokens, max_new_tokens=48)
 print(tokenizer.decode(np.asarray(written)[0]))
+
+# %% [markdown]
+# Which expert wrote what: each token has the color of its leading expert. Point at a token for all weights.
+
+# %%
+model.routing("def count_lines(self, path):\n", max_new_tokens=48)
 
 # %% [markdown]
 # ## Back to PEFT

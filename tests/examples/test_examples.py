@@ -51,6 +51,11 @@ def test_quickstart(quickstart):
     assert status == (1 if results["failures"] else 0)
     assert all("is not below" in failure for failure in results["failures"])
     assert (folder / "out" / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "out" / "report" / "report.html").exists()
+    report = json.loads((folder / "out" / "report" / "report.json").read_text())
+    assert report["experts"] == list(results["shares"])
+    assert [entry["step"] for entry in report["training"]] == [1, 2]
+    assert {part["kind"] for sample in report["samples"] for part in sample["parts"]} == {"text", "prompt", "generated"}
     names = list(results["shares"])
     assert load_xlora(folder / ".cache/quickstart/base", checkpoint=folder / "out/xlora").expert_names == tuple(names)
 

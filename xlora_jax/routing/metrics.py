@@ -203,6 +203,9 @@ def _sums(
             agreement=jnp.einsum("btln,btmn->lm", leads * w[:, :, None, None], leads),
         )
 
+    if num_labels == 1:  # the common case compiles faster without a loop
+        only: RoutingSums = jax.tree.map(lambda leaf: leaf[None], of_label(jnp.int32(0)))
+        return only
     # One label after the other, so that memory does not grow with their number.
     sums: RoutingSums = lax.map(of_label, jnp.arange(num_labels))
     return sums

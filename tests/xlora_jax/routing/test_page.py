@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from selenium.webdriver.support.select import Select
 from tests.helpers.browser import keep_screenshot, open_browser, show
 from tests.helpers.synthetic import synthetic
 from xlora_jax import Codec, Rows, XLoraModel, report_routing
+from xlora_jax.routing.page import render_page
+
+DOCS_PAGE = Path(__file__).parents[3] / "docs" / "pictures" / "quickstart-report.html"
 
 # Token ids are printable characters, so that any text can be written with them.
 CODEC = Codec(
@@ -206,3 +211,14 @@ def test_a_missing_library_is_named_with_its_extra(report, missing, monkeypatch,
     with pytest.raises(ImportError, match=rf"{missing}, which is missing: pip install 'xlora-jax\[plots\]'"):
         report.write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_in_the_docs_is_up_to_date_and_works(browser):
+    """If not: `make demo`, and copy examples/output/quickstart/report/report.html to DOCS_PAGE."""
+    text = DOCS_PAGE.read_text(encoding="utf-8")
+    assert len(text.encode()) < 300_000
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert render_page(data["report"], data["samples"]) == text
+    show(browser, DOCS_PAGE)
+    assert browser.get_log("browser") == []
+    assert len(tokens_of(browser)) == len(data["samples"][0]["tokens"])

@@ -288,8 +288,10 @@
   // Heat maps.
   const ramp = () => el("span", { class: "scale" }, "0", el("span", { class: "ramp" }), "1");
   function heat(values, rowNames, columns, tipFor, { cell = 22, rowHeight, label = shortLayer, left = widest(rowNames, label), colored = false } = {}) {
-    const h = rowHeight || Math.max(6, Math.min(18, 440 / rowNames.length)), gap = 4;
+    const many = rowHeight === undefined && rowNames.length > 60;
+    const h = rowHeight || Math.max(2.6, Math.min(18, 440 / rowNames.length)), gap = many ? 1.5 : 4;
     let y = 0, last = null;
+    const begins = rowNames.map((name, r) => r === 0 || blockOf(name) !== blockOf(rowNames[r - 1]));
     const tops = rowNames.map((name) => {
       const block = blockOf(name);
       if (last !== null && block !== last && rowHeight === undefined) y += gap;
@@ -307,7 +309,7 @@
       columns.map((name, c) => sv("g", {}, colored ? sv("rect", { x: left + c * cell + 2, y: -9, width: cell - 5, height: 5, rx: 2.5, style: { fill: color(c) } }) : null,
         sv("text", { x: left + (c + 0.5) * cell, y: -13, transform: `rotate(-42 ${left + (c + 0.5) * cell} -13)`, class: "strong" }, shorten(name)))),
       rowNames.map((name, r) => [
-        r % every === 0 ? sv("text", { x: left - 7, y: tops[r] + h / 2 + 3.8, "text-anchor": "end" }, shorten(label(name), 12)) : null,
+        (many ? begins[r] : r % every === 0) ? sv("text", { x: left - 7, y: tops[r] + h / 2 + 3.8, "text-anchor": "end" }, shorten(label(name), 12)) : null,
         columns.map((_, c) => sv("rect", { class: "cell", x: left + c * cell, y: tops[r], width: cell - 1.5, height: h - (h > 8 ? 1.5 : 0.4), rx: h > 10 ? 3 : 1, style: { "--v": (Math.min(Math.max(values[r][c], 0), 1) * 100).toFixed(1) + "%" }, tip: () => tipFor(r, c) })),
       ]));
   }
@@ -468,9 +470,9 @@
       el("header", {}, el("h1", {}, report.title), findings()), tiles(),
       el("div", { class: "bar" }, legend()),
       data.samples.length ? panel("Token by token", "", tokenView(data.samples)) : null,
-      usage(), gateMaps(),
-      el("div", { class: "pair" }, byLayer("entropy", "Entropy by layer", "0: one expert has all the weight of a token. 1: all experts have the same."), byLayer("change", "Change from token to token", "Distance between the weights of neighboring tokens: 0 if nothing changes, 1 if everything does.")),
-      losses(), el("div", { class: "pair" }, pairs()),
+      usage(), L > 1 ? gateMaps() : el("div", { class: "pair" }, gateMaps(), pairs()),
+      el("div", { class: "pair" }, byLayer("entropy", L > 1 ? "Entropy by layer" : "Entropy", "0: one expert has all the weight of a token. 1: all experts have the same."), byLayer("change", "Change from token to token", "Distance between the weights of neighboring tokens: 0 if nothing changes, 1 if everything does.")),
+      losses(), L > 1 ? el("div", { class: "pair" }, pairs()) : null,
       report.training ? el("div", { class: "pair" }, training()) : null,
       foot(),
     ].filter(Boolean));
