@@ -19,7 +19,10 @@ def keep_compiled_programs() -> None:
     holds at most 2 GiB; programs not used for the longest time go first. ``JAX_COMPILATION_CACHE_DIR`` is another
     place, and ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    chosen, enabled = (
+        getattr(jax.config, f"jax_{name}") for name in ("compilation_cache_dir", "enable_compilation_cache")
+    )
+    if chosen is not None or not enabled:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "xlora-jax" / "compiled"))
