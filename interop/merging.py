@@ -166,6 +166,6 @@ def _targets(model: XLoraModel, layers: dict[str, Any]) -> list[str]:
     """Return the last parts of the layers' names if these select just these layers, else the whole names."""
     origin: BaseOrigin = model.origin.base
     short = sorted({path.rsplit(".")[-1] for path in layers})
-    modules = [placed.hf for placed in origin.family.modules(model.module)]  # type: ignore[arg-type]
+    modules = [placed.hf for placed in origin.family.modules(model.module)]
     selected = {path for path in modules if path.rsplit(".")[-1] in short}
     return short if selected == set(layers) and not origin.family.unread else list(layers)
