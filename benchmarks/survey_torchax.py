@@ -64,7 +64,6 @@ def attempt(name: str) -> dict[str, Any]:
 
     from interop import load_base
 
-    transformers.logging.set_verbosity_error()
     kind = getattr(transformers, name)
     config = kind.config_class()
     for field, value in SMALL.items():
@@ -128,8 +127,8 @@ def page(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
         "# Models by torchax",
         "",
         f"Of {len(rows)} causal, masked and sequence-to-sequence classes, {len(works)} run as JAX functions, with",
-        f"logits within 1e-4 of transformers' own ({packages}). Each was tried with its own default config made small, random",
-        "weights, float32, on a CPU; a class that needs other settings fails here and may run with them. The command:",
+        f"logits within 1e-4 of transformers' own ({packages}). Each was tried with its own default",
+        "config made small, random weights, float32, on a CPU; a class that needs other settings fails here and may run with them. The command:",
         "`python benchmarks/survey_torchax.py`.",
         "",
         "| class | task | largest difference | layers that experts can adapt | why not |",
