@@ -43,7 +43,7 @@ def classes() -> dict[str, str]:
     """Return the classes to try, with their task."""
     from transformers.models.auto import modeling_auto
 
-    tables = {
+    tables: dict[str, Any] = {
         "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "sequence to sequence": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -127,9 +127,9 @@ def page(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
         "# Models by torchax",
         "",
         f"Of {len(rows)} causal, masked and sequence-to-sequence classes, {len(works)} run as JAX functions, with",
-        f"logits within 1e-4 of transformers' own ({packages}). Each was tried with its own default",
-        "config made small, random weights, float32, on a CPU; a class that needs other settings fails here and may run with them. The command:",
-        "`python benchmarks/survey_torchax.py`.",
+        f"logits within 1e-4 of transformers' own ({packages}).",
+        "Each was tried with its own default config made small, random weights, float32, on a CPU; a class that needs",
+        "other settings fails here and may run with them. The command: `python benchmarks/survey_torchax.py`.",
         "",
         "| class | task | largest difference | layers that experts can adapt | why not |",
         "|---|---|---|---|---|",
