@@ -18,7 +18,7 @@ from interop.storage.errors import FormatError, brief, listed
 from interop.storage.files import file_in, read_json
 from interop.storage.hub import resolve
 
-__all__ = ["encode_text", "load_hf_config", "load_tokenizer", "load_torch_model", "warn_of_added_tokens"]
+__all__ = ["encode_text", "encoding", "load_hf_config", "load_tokenizer", "load_torch_model", "warn_of_added_tokens"]
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -129,8 +129,15 @@ def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[
     Raises:
         FormatError: the tokenizer fails on it; the message names the tokenizer's directory.
     """
-    try:
+    with encoding(tokenizer, text):
         return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+@contextmanager
+def encoding(tokenizer: Any, text: str) -> Iterator[None]:
+    """Turn an error while a text is encoded, within a ``with`` block, into a FormatError that names the tokenizer."""
+    try:
+        yield
     except Exception as error:  # the tokenizers library has no error class of its own
         raise FormatError(
             f"{getattr(tokenizer, 'name_or_path', '')}: the tokenizer fails on the text {brief(text)} "

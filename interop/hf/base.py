@@ -161,7 +161,11 @@ def _runs_by_torchax(directory: Path, backend: str) -> bool:
         return False
     model_type = read_json(path).get("model_type")
     if backend == "auto":
-        if model_type in FAMILIES or not isinstance(model_type, str) or torchax_hint():
+        if not isinstance(model_type, str) or model_type in FAMILIES or torchax_hint():
+            return False
+        from transformers import CONFIG_MAPPING
+
+        if model_type not in CONFIG_MAPPING:
             return False
         warnings.warn(
             f"{path}: {model_type!r} is not ported to Flax, so it runs as PyTorch code through torchax.",

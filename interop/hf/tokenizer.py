@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from interop.hf.auto import encode_text, load_tokenizer
+from interop.hf.auto import encode_text, encoding, load_tokenizer
 from interop.hf.templates import TIME_LIMIT, renderer_of
 from xlora_jax.training.data import Codec
 
@@ -64,10 +64,12 @@ def _encoder(tokenizer: Any) -> Callable[[str, int], tuple[list[int], int]]:
 
     def encode(text: str, start: int) -> tuple[list[int], int]:
         if backend is not None:
-            encoded = backend.encode(text, add_special_tokens=False)
+            with encoding(tokenizer, text):
+                encoded = backend.encode(text, add_special_tokens=False)
             ids, offsets = encoded.ids, encoded.offsets
         else:
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            with encoding(tokenizer, text):
+                encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         # Tokens are in the order of their characters. The first that ends after `start` is the first of the answer.
         return list(ids), bisect_right([end for _, end in offsets], start)
@@ -83,7 +85,7 @@ def _encoder_by_parts(tokenizer: Any) -> Callable[[str, int], tuple[list[int], i
     """Return an encoder that needs no offsets: it encodes the text before an answer separately, to count its tokens."""
 
     def ids_of(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(tokenizer, text, add_special_tokens=False)
 
     def encode(text: str, start: int) -> tuple[list[int], int]:
         whole = ids_of(text)
