@@ -81,7 +81,7 @@ def command(
         losses = {name: _losses(each, held_out, batch_size) for name, each in models.items()}
     save_lora(written, output)
     table = Table(title="loss in nats per token", title_justify="left")
-    table.add_column("text")
+    table.add_column(cell("text"))
     for name in losses:
         table.add_column(cell(name), justify="right")
     for text in held_out:

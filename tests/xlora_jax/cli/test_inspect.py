@@ -50,6 +50,7 @@ def test_a_base_model_without_reading_it(llama, monkeypatch):
     assert weights["embed_tokens"]["embedding"].shape == (97, 48)
     assert found.facts == {
         "family": "llama (LlamaForCausalLM)",
+        "backend": "flax",
         "parameters": f"{sum(p.numel() for p in reference.torch_base(llama).parameters()):,}",
         "dtype": "float32",
         "files": "model.safetensors",
