@@ -193,7 +193,7 @@ def make_base(run: Run) -> dict[str, Any]:
     plain = make(model.config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(run.path("base"))
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), **options)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False, **options)
     tokenizer.save_pretrained(run.path("base"))
     return {"file": file.name, "parameters": sum(p.numel() for p in model.parameters())}
 

@@ -34,7 +34,9 @@ def load_hf_config(directory: Path) -> Any:
     Raises:
         Exception: an error of transformers, of any type.
     """
-    return _from_pretrained("AutoConfig", directory)
+    import transformers
+
+    return _from_pretrained(transformers.AutoConfig, directory)
 
 
 def load_torch_model(kind: Any, directory: Path, config: Any, dtype: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -52,17 +54,8 @@ def load_torch_model(kind: Any, directory: Path, config: Any, dtype: Any) -> tup
     Raises:
         Exception: an error of transformers, of any type.
     """
-    with _no_questions():
-        loaded: tuple[Any, Mapping[str, Any]] = kind.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    loaded: tuple[Any, Mapping[str, Any]] = _from_pretrained(kind, directory, config=config, dtype=dtype, **options)
     return loaded
 
 
@@ -89,11 +82,11 @@ def load_tokenizer(base: str | Path, **hub_options: Any) -> Any:
             f"model's tokenizer into it."
         )
     config = _checked_config(directory)
-    from transformers import PreTrainedTokenizerBase
+    import transformers
 
     try:
-        tokenizer = _from_pretrained("AutoTokenizer", directory)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = _from_pretrained(transformers.AutoTokenizer, directory)
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
             raise TypeError(f"a {type(tokenizer).__name__}, which is no tokenizer of one text")
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
@@ -145,11 +138,10 @@ def encoding(tokenizer: Any, text: str) -> Iterator[None]:
         ) from error
 
 
-def _from_pretrained(kind: str, directory: Path) -> Any:
-    import transformers
-
+def _from_pretrained(kind: Any, directory: Path, **options: Any) -> Any:
+    """Call ``from_pretrained`` of a class of transformers; no code of the directory runs."""
     with _no_questions():
-        return getattr(transformers, kind).from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return kind.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
 
 
 @contextmanager
