@@ -343,7 +343,7 @@ def test_sigterm_to_one_of_several_processes_stops_all_at_one_step_and_another_m
 @pytest.mark.slow
 def test_a_full_disk_is_an_error_and_the_last_good_checkpoint_stays(tmp_path, undisturbed):
     output = tmp_path / "run"
-    out = finish(start(output, 0.05, 1, 8000), code=3)
+    out = finish(start(output, 0.05, 1, 16_000), code=3)
     assert "can't be written" in out
     assert "the last good one is of step" in out
     good = int(out.split("the last good one is of step ")[1].split(".")[0])
